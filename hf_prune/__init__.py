@@ -1,0 +1,3 @@
+"""hf_prune: prune Hugging Face models during or after fine-tuning, and save what is left as ordinary checkpoints."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,140 @@
+"""The words of the design as data: groups, plans, phases, papers and the table of narrow shapes.
+
+Nothing here imports another module of the package, so every other module may import this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Schedule = Callable[[float], float]
+"""Progress of the run in [0, 1] -> fraction of the goal reached at that point (see `parts.schedules`)."""
+
+Keep = Tensor
+"""Bool tensor of shape `(units,)`; True stays."""
+
+Scores = Tensor
+"""Float tensor of shape `(units,)`; higher stays."""
+
+Plan = dict[str, Tensor]
+"""Group or weight name -> `Keep`."""
+
+
+class PruneError(ValueError):
+    """A request that cannot be carried out; the message says what, got, expected and what to do."""
+
+
+class CheckpointError(PruneError):
+    """A checkpoint whose tables or tensors are malformed; raised before anything is allocated."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One occurrence of a group: dimension `dim` of `tensor` is `(outer, group, inner)` in row-major order.
+
+    `reads` is True where the tensor consumes the group (input columns) and False where it produces it (output rows,
+    biases, norm parameters).
+    """
+
+    tensor: str
+    dim: int
+    outer: int = 1
+    inner: int = 1
+    reads: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One dimension of size `size` shared by several tensors; its units can only be removed together.
+
+    `normalised` marks dimensions under LayerNorm-like statistics, where removing units also changes what stays.
+    `frozen` is None, or the reason why the group must keep its size.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    normalised: bool = False
+    frozen: str | None = None
+
+
+class Structure(Protocol):
+    """How one or several weights divide into units (see `parts.structures`)."""
+
+    name: str
+    units: int
+    tensors: tuple[str, ...]
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`weight` regrouped as `(units, elems)`; `tensor` says which of `self.tensors` it is."""
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """One value per unit, shape `(units,)`, broadcast to the shape of `tensor` (or a shape that broadcasts)."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from. `status` is "read", or "reconstruction" where the full text could not be had."""
+
+    title: str
+    authors: str
+    year: int
+    bibtex: str
+    arxiv: str | None = None
+    status: str = "read"
+
+    def __post_init__(self) -> None:
+        if self.status not in ("read", "reconstruction"):
+            raise ValueError(f"Paper.status must be 'read' or 'reconstruction', got {self.status!r}.")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What trains during a stretch of steps. `trainable` takes a parameter name; None means every parameter."""
+
+    name: str
+    trainable: Callable[[str], bool] | None = None
+    gates_active: bool = True
+    penalties_active: bool = True
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ShapeTable:
+    """How a narrow model differs from what its config builds; replayed by the loader.
+
+    `shapes`: tensor name -> narrow shape. `attributes`: module name -> attribute -> int or tuple of ints; an attribute
+    named `config.x` sets `x` in a copy of the config that this module alone owns.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.shapes or self.attributes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished run did; the content of `pruning.json`."""
+
+    method: str
+    config: dict[str, Any]
+    paper: dict[str, Any]
+    sparsity: float
+    """Fraction of prunable weights removed."""
+    layers: dict[str, dict[str, Any]]
+    """Weight or group name -> `units`, `kept`, `structure` (and `indices` of kept units where units were removed)."""
+    parameters: dict[str, int]
+    """`dense`, `nonzero`, `prunable`, `prunable_nonzero`."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Group name -> why it kept its size."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
