@@ -1,0 +1,117 @@
+"""Dims of every tensor of a trace: runs the rules over the graph, then adds what sizes in code demand."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from hf_prune.graph.dims import Dim, Shape, freeze, fresh
+from hf_prune.graph.equations import Equations
+from hf_prune.graph.rules import name_of, rule_for
+from hf_prune.graph.trace import Trace
+
+FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
+"""Operations through which a tensor of the model is still the weight of a contraction."""
+
+
+class Flow:
+    """Shapes of all nodes and tensors, which dims contractions read, and what each operation costs."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.shapes: dict[Node, Any] = {}
+        self.tensors: dict[str, Shape] = {}
+        self.reads: set[tuple[str, int]] = set()
+        self.costs: list[Dim] = []
+        """One dim an operation; its size is the number of multiply-adds."""
+        self.equations = Equations(self.shapes)
+        for node in trace.graph.nodes:
+            self._visit(node)
+        for left, right in trace.uses.equal:
+            self.equations.compare(left, right)
+        for expression in trace.uses.floats:
+            self.equations.pin(expression)
+
+    def _visit(self, node: Node) -> None:
+        if node in self.trace.tensors:
+            self.shapes[node] = self.tensors[self.trace.tensors[node]] = _unknown(node, None)
+        elif node.op in ("placeholder", "get_attr"):
+            self.shapes[node] = _unknown(node, "model input" if node.op == "placeholder" else "constant in code")
+        elif node.op == "call_function":
+            self.shapes[node] = self._apply(node)
+        else:
+            _freeze_all(map_arg(node.args, self.shapes.get), "model output")
+
+    def _apply(self, node: Node) -> Any:
+        args, kwargs = map_arg(self.trace.arguments.get(node, (node.args, dict(node.kwargs))), self.shapes.get)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        values = list(_values(node))
+        if not values:
+            return None
+        rule = rule_for(node.target)
+        empty = any(not value.numel() for value in values)
+        if rule is None or empty:
+            return self._stop(node, (args, kwargs), "empty tensor" if empty else f"operation {name_of(node.target)}")
+        result = rule(self, node, *args, **kwargs)
+        if [shape.sizes for shape in _shapes_in(result)] != [tuple(value.shape) for value in values]:
+            return self._stop(node, (args, kwargs), f"the rule of {name_of(node.target)} disagrees with its result")
+        return result
+
+    def _stop(self, node: Node, inputs: Any, reason: str) -> Any:
+        """Freeze everything that goes into `node`; what comes out is new and frozen too."""
+        _freeze_all(inputs, reason)
+        return _unknown(node, reason)
+
+    def is_weight(self, node: Any) -> bool:
+        """True for a parameter or buffer of the model."""
+        return node in self.trace.tensors
+
+    def consume(self, node: Node, dim: int) -> None:
+        """Note that a contraction sums over dimension `dim` of `node`, where that is a tensor of the model."""
+        wanted = self.shapes[node][dim]
+        while node.op == "call_function" and name_of(node.target) in FOLLOWED:
+            node = node.args[0]
+        if self.is_weight(node):
+            name = self.trace.tensors[node]
+            self.reads.update((name, i) for i, each in enumerate(self.shapes[node]) if each is wanted)
+
+    def cost(self, *dims: Dim) -> None:
+        """Note an operation of as many multiply-adds as the product of `dims`."""
+        self.costs.append(tuple(axis for dim in dims for axis in dim))
+
+
+def _values(node: Node) -> Iterator[Tensor]:
+    """The tensors that `node` gives, as the trace saw them."""
+    value = node.meta.get("val")
+    return (item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor))
+
+
+def _unknown(node: Node, frozen: str | None) -> Any:
+    """New axes for what `node` gives."""
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list):
+        return [Shape(fresh(count, frozen) for count in item.shape) for item in value]
+    return Shape(fresh(count, frozen) for count in value.shape) if isinstance(value, Tensor) else None
+
+
+def _shapes_in(value: Any) -> Iterator[Shape]:
+    """Every shape in nested arguments or results."""
+    if isinstance(value, Shape):
+        yield value
+    elif isinstance(value, dict):
+        yield from _shapes_in(tuple(value.values()))
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for item in value:
+            yield from _shapes_in(item)
+
+
+def _freeze_all(value: Any, reason: str) -> None:
+    for shape in _shapes_in(value):
+        for dim in shape:
+            freeze(dim, reason)
