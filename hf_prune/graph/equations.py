@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from hf_prune.graph.dims import Axis, Dim, Shape, concatenate, flat, freeze, fresh, parts, size, take, unify
+from hf_prune.graph.dims import Axis, Dim, Shape, concatenate, flat, freeze, fresh, is_frozen, parts, size, take, unify
 from hf_prune.graph.traced_int import Attribute, Expression, Read, Term, TracedInt
 
 NUMBER = "a number in code"
@@ -77,8 +77,12 @@ class Equations:
 
 
 def _ordered(factors: list[Dim], like: Dim) -> Dim:
-    """The product of `factors` in the order that agrees best with what is known of `like`."""
+    """The product of `factors` in the order that agrees best with what is known of `like`.
+
+    Where nothing is known, numbers come first: `2 * width` is two parts of that width.
+    """
     target = flat(like)
+    factors = sorted(factors, key=lambda dim: not is_frozen(dim))
 
     def agreement(dims: tuple[Dim, ...]) -> int:
         found = flat(axis for dim in dims for axis in dim)

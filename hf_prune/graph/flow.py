@@ -18,6 +18,9 @@ from hf_prune.graph.trace import Trace
 FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
 """Operations through which a tensor of the model is still the weight of a contraction."""
 
+EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat")
+"""Operations that cut off or add nothing where a size happens to be zero."""
+
 
 class Flow:
     """Shapes of all nodes and tensors, which dims contractions read, and what each operation costs."""
@@ -55,9 +58,9 @@ class Flow:
         if not values:
             return None
         rule = rule_for(node.target)
-        empty = any(not value.numel() for value in values)
-        if rule is None or empty:
-            return self._stop(node, (args, kwargs), "empty tensor" if empty else f"operation {name_of(node.target)}")
+        obstacle = _obstacle(node, values, rule)
+        if obstacle:
+            return self._stop(node, (args, kwargs), obstacle)
         result = rule(self, node, *args, **kwargs)
         if [shape.sizes for shape in _shapes_in(result)] != [tuple(value.shape) for value in values]:
             return self._stop(node, (args, kwargs), f"the rule of {name_of(node.target)} disagrees with its result")
@@ -84,6 +87,22 @@ class Flow:
     def cost(self, *dims: Dim) -> None:
         """Note an operation of as many multiply-adds as the product of `dims`."""
         self.costs.append(tuple(axis for dim in dims for axis in dim))
+
+
+def _obstacle(node: Node, values: list[Tensor], rule: Any) -> str | None:
+    """Why no rule can follow `node`, if none can."""
+    if rule is None:
+        return f"operation {name_of(node.target)} is not known"
+    if not all(value.numel() for value in values) and name_of(node.target) not in EMPTY_ALLOWED:
+        return "empty tensor"
+    kinds = (str(argument.type) for argument in node.target._schema.arguments)
+    if any("int" in kind and _holds_node(value) for kind, value in zip(kinds, node.args, strict=False)):
+        return "a size that is read from data"
+    return None
+
+
+def _holds_node(value: Any) -> bool:
+    return isinstance(value, Node) or isinstance(value, list | tuple) and any(map(_holds_node, value))
 
 
 def _values(node: Node) -> Iterator[Tensor]:

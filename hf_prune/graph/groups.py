@@ -59,6 +59,7 @@ def find_groups(flow: Flow, parameters: set[str]) -> tuple[dict[str, Group], dic
 
     An axis that only buffers have is no group: nothing is gained by cutting it.
     """
+    matrices = {name for name in parameters if len(flow.tensors[name]) > 1}
     members: dict[Axis, list[Member]] = {}
     for tensor, shape in flow.tensors.items():
         for position, dim in enumerate(shape):
@@ -71,7 +72,7 @@ def find_groups(flow: Flow, parameters: set[str]) -> tuple[dict[str, Group], dic
     free, axes = {}, {}
     for axis, found in owned.items():
         if axis.frozen is None:
-            group = _free(axis, found, parameters, taken)
+            group = _free(axis, found, matrices, taken)
             free[group.name], axes[group.name] = group, axis
     return free, frozen, axes
 
@@ -81,22 +82,23 @@ def _frozen(axis: Axis, members: Sequence[Member]) -> Group:
     return Group(f"{first.tensor}[{first.dim}]", axis.size, tuple(members), axis.normalised, axis.frozen)
 
 
-def _free(axis: Axis, members: Sequence[Member], parameters: set[str], taken: Counter[str]) -> Group:
+def _free(axis: Axis, members: Sequence[Member], matrices: set[str], taken: Counter[str]) -> Group:
     role = next((role for role in ROLES if role in axis.marks), "neurons")
-    name = _name(role, [member for member in members if member.tensor in parameters])
+    writers = [member for member in members if not member.reads] or members
+    name = _name(role, [member for member in writers if member.tensor in matrices] or writers)
     taken[name] += 1
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
     return Group(name, axis.size, tuple(members), axis.normalised, role=role)
 
 
-def _name(role: str, members: Sequence[Member]) -> str:
-    """The module that produces the group; of several, what their paths begin with, and the role.
+def _name(role: str, writers: Sequence[Member]) -> str:
+    """The module that produces the group; with its role where the group is only a part of what the module produces.
 
-    The role is also said where the group is only a factor of what the module produces.
+    Heads and streams, which several modules produce, are called by the beginning that the paths of these share.
     """
-    writers = [member for member in members if not member.reads] or members
     paths = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in writers))
-    shared = commonprefix([path.split(".") for path in paths])
-    whole = len(paths) == 1 and writers[0].outer == writers[0].inner == 1
-    return ".".join(shared if whole and shared else [*shared, role])
+    if len(paths) > 1 and role in ("heads", "head_width", "stream"):
+        return ".".join([*commonprefix([path.split(".") for path in paths]), role])
+    whole = writers[0].outer == writers[0].inner == 1
+    return paths[0] if whole and paths[0] else ".".join([paths[0], role]).lstrip(".")

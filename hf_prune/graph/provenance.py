@@ -28,14 +28,14 @@ class Provenance(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.arguments: dict[Node, Arguments] = {}
+        self._running: list[Callable] = []
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(function, FunctionType):  # Python code inside torch: its own reads and calls count too
-            with self:
-                return _body(function)(*args, **kwargs)
+        if isinstance(function, FunctionType) and function not in self._running:
+            return self._enter(function, args, kwargs)
         if function in SHAPE_READS:
             return _tagged_shape(args[0], function(*args, **kwargs), *args[1:], **kwargs)
         nodes = get_proxy_mode().tracer.graph.nodes
@@ -45,6 +45,15 @@ class Provenance(TorchFunctionMode):
         if slices or any(isinstance(value, TracedInt) for value in offered):
             self._annotate(last.next, offered, slices)
         return result
+
+    def _enter(self, function: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run Python code of torch under this mode: its own shape reads and calls count too."""
+        self._running.append(function)
+        try:
+            with self:
+                return _body(function)(*args, **kwargs)
+        finally:
+            self._running.pop()
 
     def _annotate(self, node: Node, offered: list[int], slices: list[slice]) -> None:
         """Give `node` and all later nodes the sizes of the call that created them."""

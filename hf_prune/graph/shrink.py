@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
 
 from hf_prune.graph.attributes import read, rewrite
-from hf_prune.graph.dims import Axis, Cat, Dim, flat, leaves, size
+from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
+from hf_prune.graph.kept import Kept, kept_indices, loses
 from hf_prune.graph.sizes import sync_attributes
 from hf_prune.graph.trace import tensors_of
 from hf_prune.graph.verify import check_model, check_plan, dry_run
 from hf_prune.types import Plan, ShapeTable
-
-Kept = Mapping[Axis, Tensor]
-"""Axis of a group that loses units -> indices of those that stay."""
-
 
 def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     """Remove the units that `plan` drops from `model`, in place, and return what became narrow.
@@ -32,11 +26,12 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     indices = {
         name: [kept_indices(dim, kept) for dim in shape]
         for name, shape in graph.flow.tensors.items()
-        if any(_loses(dim, kept) for dim in shape)
+        if any(loses(dim, kept) for dim in shape)
     }
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
     dry_run(model, graph, table)
+    fold_constants(model, graph, kept)
     tensors = tensors_of(model)
     for name, each in indices.items():
         tensors[name].data = select(tensors[name].data, each)
@@ -55,30 +50,11 @@ def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:
     return tensor
 
 
-def kept_indices(dim: Dim, kept: Kept) -> Tensor:
-    """Indices of `dim` that stay: those of a product are row-major, those of a concatenation follow each other."""
-    indices = torch.zeros(1, dtype=torch.long)
-    for axis in flat(dim):
-        indices = (indices[:, None] * axis.size + _kept_of(axis, kept)).flatten()
-    return indices
-
-
-def _kept_of(axis: Axis, kept: Kept) -> Tensor:
-    if not isinstance(axis.form, Cat):
-        return kept[axis] if axis in kept else torch.arange(axis.size)
-    starts = torch.tensor([0, *map(size, axis.form.parts)]).cumsum(0).tolist()
-    return torch.cat([kept_indices(part, kept) + start for part, start in zip(axis.form.parts, starts, strict=False)])
-
-
-def _loses(dim: Dim, kept: Kept) -> bool:
-    return any(leaf in kept for leaf in leaves(dim))
-
-
 def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """New values of the attributes whose dims lose units."""
     values: dict[str, dict[str, int | tuple[int, ...]]] = {}
     for attribute, dim in graph.flow.equations.attributes.items():
-        if not _loses(dim, kept):
+        if not loses(dim, kept):
             continue
         count, own = len(kept_indices(dim, kept)), values.setdefault(attribute.module, {})
         if attribute.index is None:

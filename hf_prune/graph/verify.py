@@ -13,11 +13,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from hf_prune.graph.attributes import preserved, rewrite
+from hf_prune.graph.flow import FOLLOWED
 from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
-from hf_prune.graph.rules import name_of
+from hf_prune.graph.rules import name_of, view
 from hf_prune.graph.trace import Inputs, Trace, call, record_on, tensors_of
 from hf_prune.types import Plan, PruneError, ShapeTable
+
+LAYOUT = {*view.RULES, *FOLLOWED, "slice", "select", "getitem"}
 
 
 def check_plan(graph: Graph, plan: Plan) -> None:
@@ -91,9 +94,9 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> None:
 
 
 def _operations(trace: Trace) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Name and float constants of each operation."""
+    """Name and float constants of each operation that computes; how tensors are laid out may depend on sizes."""
     for node in trace.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and name_of(node.target) not in LAYOUT:
             arguments = pytree.tree_leaves((node.args, dict(node.kwargs)))
             yield name_of(node.target), tuple(value for value in arguments if isinstance(value, float))
 

@@ -7,9 +7,12 @@ from typing import Any
 from hf_prune.graph.dims import Axis, Dim, Shape, divide, freeze, fresh, mark, size, take, unify
 from hf_prune.graph.rules.pointwise import broadcast
 
+SUMMED = "summed"
+"""Marks axes that are summed over without a weight to read them: a unit that no weight reads may still matter."""
+
 
 def contract(flow: Any, node: Any, equation: str, *operands: tuple[Any, Shape]) -> Shape:
-    """Einsum of `(node, shape)` operands: equal letters become one dim. Capital letters broadcast like batch dims."""
+    """Einsum of `(node, shape)` operands: equal letters become one dim."""
     inputs, output = equation.split("->")
     terms = inputs.split(",")
     found: dict[str, list[Dim]] = {}
@@ -17,10 +20,11 @@ def contract(flow: Any, node: Any, equation: str, *operands: tuple[Any, Shape]) 
         for letter, dim in zip(letters, shape, strict=True):
             found.setdefault(letter, []).append(dim)
     joined = {letter: broadcast(tuple(dims)) for letter, dims in found.items()}
-    between_activations = not any(flow.is_weight(source) for source, _ in operands)
-    for letter, dims in found.items():
-        if between_activations and len(dims) > 1:
-            mark(joined[letter], "heads" if letter in output else "head_width")
+    if not any(flow.is_weight(source) for source, _ in operands):
+        for letter, dims in found.items():
+            mark(joined[letter], "heads" if len(dims) > 1 and letter in output else "head_width")
+            if letter not in output:
+                mark(joined[letter], SUMMED)
     for letters, (source, _) in zip(terms, operands, strict=True):
         for position, letter in enumerate(letters):
             if letter not in output:
@@ -88,6 +92,7 @@ def attention(
             broadcast((own, dim))
     mark(heads, "heads")
     mark(width, "head_width")
+    mark(width, SUMMED)
     mark(value[-1], "head_width")
     flow.cost(*batch, heads, length, key[-2], width)
     flow.cost(*batch, heads, length, key[-2], value[-1])

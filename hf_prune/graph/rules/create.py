@@ -17,6 +17,7 @@ def filled(flow: Any, node: Any, sizes: Sequence[int], *_: Any, **__: Any) -> Sh
 
 
 def filled_like(flow: Any, node: Any, x: Shape, *_: Any, **__: Any) -> Shape:
+    """A tensor of the shape of `x`; also `type_as`, which takes only the dtype of its second tensor."""
     return x
 
 
@@ -35,7 +36,7 @@ def counted(flow: Any, node: Any, *numbers: Any, **_: Any) -> Shape:
 
 RULES = {
     **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), filled),
-    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"), filled_like),
+    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as"), filled_like),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), new_filled),
     **dict.fromkeys(("arange", "linspace", "eye"), counted),
 }

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from hf_prune.graph.dims import Dim, Shape, concatenate, cut, divide, freeze, fresh, size, unify
 from hf_prune.graph.rules.pointwise import broadcast
+
+CHOSEN = "places chosen by data"
 
 
 def slice_(
@@ -45,8 +49,12 @@ def _strided(dim: Dim, count: int, step: int) -> Dim:
     return divided[0]
 
 
-def narrow(flow: Any, node: Any, x: Shape, dim: int, start: int, length: int) -> Shape:
+def narrow(flow: Any, node: Any, x: Shape, dim: int, start: int | Shape, length: int) -> Shape:
     dims = list(x)
+    if isinstance(start, Shape):
+        freeze(x[int(dim)], "a start that is read from data")
+        dims[int(dim)] = fresh(int(length), "a start that is read from data")
+        return Shape(dims)
     before, rest = cut(x[int(dim)], int(start))
     dims[int(dim)], _ = cut(rest, int(length))
     if int(start):
@@ -62,44 +70,66 @@ def select(flow: Any, node: Any, x: Shape, dim: int, place: int) -> Shape:
 
 
 def index(flow: Any, node: Any, x: Shape, indices: Sequence[Shape | None]) -> Shape:
-    """`x[i, :, j]` with tensors of numbers: the indexed dims are frozen, those of the numbers take their place."""
+    """`x[i, :, j]` with tensors of numbers or a mask: indexed dims are frozen, those of the numbers take their place."""
+    before, picked, after = _indexed(node, x, indices)
+    if picked is None:
+        picked = [fresh(node.meta["val"].shape[len(before)], CHOSEN)]
+    return Shape((*before, *picked, *after))
+
+
+def index_put(
+    flow: Any, node: Any, x: Shape, indices: Sequence[Shape | None], values: Shape, *_: Any, **__: Any
+) -> Shape:
+    """`x[i, :, j] = values`."""
+    before, picked, after = _indexed(node, x, indices)
+    for own, dim in zip(values[::-1], (*before, *(picked or [()]), *after)[::-1], strict=False):
+        if size(own) == size(dim):
+            unify(own, dim)
+        else:
+            freeze(own, CHOSEN)
+    return x
+
+
+def _indexed(
+    node: Any, x: Shape, indices: Sequence[Shape | None]
+) -> tuple[Sequence[Dim], list[Dim] | None, Sequence[Dim]]:
+    """Dims before, instead of (None: as many as a mask picks) and after the indexed ones.
+
+    What stands instead comes first where the indexed dims are not neighbours.
+    """
     chosen = [place for place, each in enumerate(indices) if each is not None]
-    if any(source.meta["val"].dtype.is_floating_point is False and source.meta["val"].dtype.itemsize == 1
-           for source in node.args[1] if source is not None):
-        return _masked(node, x)
-    for place in chosen:
-        freeze(x[place], "places chosen by data")
+    source = node.args[1][chosen[0]].meta["val"]
+    masked = source.dtype in (torch.bool, torch.uint8)
+    last = chosen[0] + source.ndim - 1 if masked else chosen[-1]
+    if masked or chosen == list(range(chosen[0], last + 1)):
+        before, after, gone = x[: chosen[0]], x[last + 1 :], x[chosen[0] : last + 1]
+    else:
+        before, after = [], [dim for place, dim in enumerate(x) if place not in chosen]
+        gone = [x[place] for place in chosen]
+    for dim in gone:
+        freeze(dim, CHOSEN)
+    if masked:
+        return before, None, after
     shapes = [each for each in indices if each is not None]
     wide = max(map(len, shapes))
     columns = zip(*([()] * (wide - len(shape)) + list(shape) for shape in shapes), strict=True)
-    picked = [broadcast(column) for column in columns]
-    kept = [dim for place, dim in enumerate(x) if place not in chosen]
-    adjacent = chosen == list(range(chosen[0], chosen[-1] + 1))
-    where = chosen[0] if adjacent else 0
-    return Shape((*kept[:where], *picked, *kept[where:]))
-
-
-def _masked(node: Any, x: Shape) -> Shape:
-    """Indexing with a bool mask: nothing is known of what comes out."""
-    for dim in x:
-        freeze(dim, "places chosen by data")
-    return Shape(fresh(count, "places chosen by data") for count in node.meta["val"].shape)
+    return before, [broadcast(column) for column in columns], after
 
 
 def gather(flow: Any, node: Any, x: Shape, dim: int, places: Shape, **_: Any) -> Shape:
     """The gathered dim is frozen, the others are those of the index."""
     dim = int(dim) % len(x)
-    freeze(x[dim], "places chosen by data")
+    freeze(x[dim], CHOSEN)
     for position, (own, other) in enumerate(zip(x, places, strict=True)):
         if position != dim and size(own) == size(other):
             unify(own, other)
         elif position != dim:
-            freeze(own + other, "places chosen by data")
+            freeze(own + other, CHOSEN)
     return places
 
 
 def index_select(flow: Any, node: Any, x: Shape, dim: int, places: Shape) -> Shape:
-    freeze(x[int(dim)], "places chosen by data")
+    freeze(x[int(dim)], CHOSEN)
     dims = list(x)
     dims[int(dim)] = places[0]
     return Shape(dims)
@@ -143,6 +173,7 @@ RULES = {
     "narrow": narrow,
     "select": select,
     "index": index,
+    "index_put": index_put,
     "gather": gather,
     "index_select": index_select,
     "embedding": embedding,

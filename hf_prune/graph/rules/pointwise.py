@@ -10,7 +10,7 @@ from hf_prune.graph.traced_int import TracedInt
 
 POINTWISE = (
     "__and__ __or__ __xor__ _to_copy alias alpha_dropout clone contiguous copy detach dropout feature_dropout "
-    "hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish real relu6 requires_grad_ rrelu selu to type_as"
+    "hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish real relu6 rrelu selu to"
 ).split()
 """Pointwise operations that torch does not tag as such."""
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, freeze, normalise, take, unify
+from hf_prune.graph.dims import Dim, Shape, freeze, mark, normalise, take, unify
+from hf_prune.graph.rules.contract import SUMMED
 from hf_prune.graph.rules.pointwise import pointwise
 
 Effect = Callable[[Dim], None]
 
 
-def _nothing(dim: Dim) -> None:
+def _summed(dim: Dim) -> None:
     """A removed unit adds zero: exact."""
+    mark(dim, SUMMED)
 
 
 def _compared(dim: Dim) -> None:
@@ -94,7 +96,7 @@ def group_norm(
 
 
 RULES = {
-    **dict.fromkeys(("sum", "nansum", "linalg_vector_norm", "norm"), reducer(_nothing)),
+    **dict.fromkeys(("sum", "nansum", "linalg_vector_norm", "norm"), reducer(_summed)),
     **dict.fromkeys(("mean", "var", "std", "var_mean"), reducer(normalise)),
     **dict.fromkeys(
         ("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "logsumexp", "median"),
