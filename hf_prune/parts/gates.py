@@ -41,8 +41,8 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, keep = ctx.saved_tensors
         (grad,) = grads
-        moved = (weight * grad).to(ctx.scores_dtype)
-        grad_scores = ctx.structure.view(moved, ctx.tensor).sum(-1)
+        moved = ctx.structure.view((weight * grad).to(ctx.scores_dtype), ctx.tensor)  # (units, elems)
+        grad_scores = moved.sum(-1) if moved.shape[1] > 1 else moved[:, 0]
         return _zero_unless(ctx.structure.expand(keep, ctx.tensor), grad), grad_scores, None, None, None
 
 

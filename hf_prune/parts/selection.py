@@ -22,43 +22,57 @@ def count_kept(kept: float, units: int) -> int:
     return int(kept * units + _ROUNDING)
 
 
-def kth_highest(scores: Sequence[Tensor], k: int) -> Tensor:
-    """The k-th highest value (k >= 1) over all tensors together, exact.
-
-    A strided sample brackets the value, so that only the few percent of scores inside the bracket are ordered. A sample
-    that misleads costs time (everything is ordered), never exactness.
-    """
-    total = sum(s.numel() for s in scores)
-    if total <= 4 * _SAMPLE:
-        return torch.cat([s.reshape(-1) for s in scores]).topk(k).values[-1]
-    stride = total // _SAMPLE
-    sample = torch.cat([s.reshape(-1)[::stride] for s in scores]).sort(descending=True).values
-    position, margin = k / total * len(sample), 4.0 * len(sample) ** 0.5
-    high = sample[max(int(position - margin), 0)]
-    low = sample[min(int(position + margin), len(sample) - 1)]
-    above = sum(int((s > high).sum()) for s in scores)
-    inside = torch.cat([s[(s <= high) & (s >= low)].reshape(-1) for s in scores])
-    if not above < k <= above + inside.numel():
-        return torch.cat([s.reshape(-1) for s in scores]).topk(k).values[-1]
-    return inside.topk(k - above).values[-1]
-
-
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Keep masks with exactly `count` True over all tensors together; of equal scores the first ones stay."""
+    """Keep masks with exactly `count` True over all one-dimensional tensors together; of equal scores the first stay."""
     total = sum(s.numel() for s in scores)
     if count >= total:
         return [torch.ones_like(s, dtype=torch.bool) for s in scores]
     if count <= 0:
         return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    threshold = kth_highest(scores, count)
+    threshold, above, tied = _threshold(scores, count)
+    missing = count - above
+    if missing == tied:
+        return [s >= threshold for s in scores]
     keeps = [s > threshold for s in scores]
-    missing = count - sum(int(keep.sum()) for keep in keeps)
     for score, keep in zip(scores, keeps, strict=True):
-        if missing > 0:
-            tied = (score == threshold).nonzero()[:missing, 0]
-            keep[tied] = True
-            missing -= len(tied)
+        first = (score == threshold).nonzero()[:missing, 0]
+        keep[first] = True
+        missing -= len(first)
     return keeps
+
+
+def _threshold(scores: Sequence[Tensor], k: int) -> tuple[Tensor, int, int]:
+    """The k-th highest value over all tensors, how many values are above it, and how many equal it; exact.
+
+    A strided sample brackets the value, so that only the few scores inside the bracket are ordered. A sample that
+    misleads costs time (everything is ordered), never exactness.
+    """
+    total, above, inside = sum(s.numel() for s in scores), 0, None
+    if total > 4 * _SAMPLE:
+        low, high = _bracket(scores, k, total)
+        over = [s > high for s in scores]
+        above = sum(int(mask.count_nonzero()) for mask in over)
+        inside = torch.cat([_pick(s, (s >= low) ^ mask) for s, mask in zip(scores, over, strict=True)])
+    if inside is None or not above < k <= above + len(inside):
+        above, inside = 0, torch.cat(list(scores))
+    threshold = inside.topk(k - above).values[-1]
+    return threshold, above + int((inside > threshold).sum()), int((inside == threshold).sum())
+
+
+def _bracket(scores: Sequence[Tensor], k: int, total: int) -> tuple[Tensor, Tensor]:
+    """Two values between which the k-th highest lies, four standard errors of the sampled rank to each side."""
+    sample = torch.cat([s[:: total // _SAMPLE] for s in scores]).sort(descending=True).values
+    position, margin = k / total * len(sample), 4.0 * len(sample) ** 0.5
+    first, last = max(int(position - margin), 0), min(int(position + margin), len(sample) - 1)
+    return sample[last], sample[first]
+
+
+def _pick(values: Tensor, chosen: Tensor) -> Tensor:
+    """`values[chosen]` for few chosen values: eight flags at a time are looked at as one integer, which is faster."""
+    whole = len(values) // 8 * 8
+    words = chosen[:whole].view(torch.int64).nonzero()[:, 0]
+    near, flags = values[:whole].view(-1, 8)[words], chosen[:whole].view(-1, 8)[words]
+    return torch.cat([near[flags], values[whole:][chosen[whole:]]])
 
 
 def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
@@ -113,7 +127,7 @@ def _rank(names: Sequence[str], scores: Mapping[str, Tensor], kept: float, sizes
 
 def _require_finite(scores: Mapping[str, Tensor]) -> None:
     for name, score in scores.items():
-        if bool(score.isnan().any()):
+        if bool(score.sum().isnan()):  # one pass without a copy; +inf and -inf together do not occur in scores
             raise PruneError(
                 f"the scores of {name!r} contain NaN, so its units cannot be ranked; the run has diverged: "
                 "lower the learning rates, or resume from an earlier checkpoint."
