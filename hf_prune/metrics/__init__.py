@@ -28,7 +28,7 @@ IGNORED_LABEL = -100  # as torch's cross entropy and the data collators of trans
 def load(name: str, **settings: Any) -> EvaluationModule:
     """The metric of that name: one of `METRICS`, or what `evaluate.load` finds.
 
-    settings: what `evaluate.load` takes (`config_name`, `num_process`, ...). With `num_process=1` our metrics keep their
+    settings: what `evaluate.load` takes (`config_name`, `num_process`, ...). With one process our metrics keep their
     inputs in memory, unless `keep_in_memory=False` is given: ranks that each compute a metric then share no files.
     """
     if name in METRICS:
