@@ -66,7 +66,7 @@ clean:
 	rm -rf .venv .hf_prune_data build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and pinned, so that pip takes the build that the machine offers: a small CPU wheel, where there is one.
+# torch goes first and pinned, so that pip takes the build that the machine offers: a CPU wheel, where there is one.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
