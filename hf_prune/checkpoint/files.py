@@ -18,8 +18,8 @@ from hf_prune.types import CheckpointError
 def check_files(table: CheckpointTable, model: Mapping[str, tuple[int, ...]], files: Iterable[str | Path]) -> None:
     """Raise `CheckpointError` unless the tensors in `files` are what `table` says.
 
-    `table` uses the names on disk; `model` has the narrow shape of each of its tensors under the same names. Only headers
-    and side tensors are read.
+    `table` uses the names on disk, and so does `model`, the narrow shape of each tensor of the model. Only headers and
+    side tensors are read.
     """
     with ExitStack() as stack:
         stored: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def _check_packed(name: str, packed: Packed, stored: Mapping[str, Any], model: M
     for side in sides:
         _check_header(side, stored, stored[side].get_slice(side).get_shape()[:1], "uint8")
     try:
-        check_counts(packed.kind, kept[0], [_read(stored, side) for side in sides], packed.shape)
+        check_counts(packed.kind, kept[0], [stored[side].get_tensor(side) for side in sides], packed.shape)
     except CheckpointError as error:
         raise CheckpointError(f"encodings[{name!r}]: {error}; the file is damaged, fetch or save it again.") from error
 
@@ -74,7 +74,3 @@ def _open(file: str | Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is no whole safetensors file ({error}); fetch or save it again.") from error
-
-
-def _read(stored: Mapping[str, Any], name: str) -> Tensor:
-    return stored[name].get_tensor(name)

@@ -85,7 +85,9 @@ def _packed(name: str, raw: Mapping[str, Any]) -> Packed:
     _require_keys(where, raw, Packed.__dataclass_fields__, required=True)
     for key, known in (("kind", ENCODINGS), ("dtype", DTYPES)):
         if not isinstance(raw[key], str) or raw[key] not in known:
-            raise CheckpointError(f"{where}.{key} must be one of {', '.join(known)}, got {raw[key]!r}; update hf_prune?")
+            raise CheckpointError(
+                f"{where}.{key} must be one of {', '.join(known)}, got {raw[key]!r}; a newer hf_prune may know it."
+            )
     shape = _shape(f"{where}.shape", raw["shape"])
     if len(shape) < 2:
         raise CheckpointError(f"{where}.shape must have two dimensions or more, got {list(shape)}.")

@@ -1,7 +1,7 @@
 """Register the loader at the moment transformers is ready for it, without making `import hf_prune` slow.
 
-transformers keeps its quantizers in a module whose import takes a second on top of torch's. Whoever imports hf_prune only
-for its command line or its configs should not wait for that; whoever loads a model imports it anyway.
+transformers keeps its quantizers in a module whose import takes a second on top of torch's. Whoever imports hf_prune
+only for its command line or its configs should not wait for that; whoever loads a model imports it anyway.
 """
 
 from __future__ import annotations

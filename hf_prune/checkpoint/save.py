@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.checkpoint.encodings import ENCODINGS, can_pack, choose, encode as encode_tensor
+from hf_prune.checkpoint.encodings import ENCODINGS, can_pack, choose
+from hf_prune.checkpoint.encodings import encode as encode_tensor
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
 from hf_prune.checkpoint.staging import staged
 from hf_prune.checkpoint.standalone import MODULE_FILE, auto_map, module_source
@@ -47,8 +48,8 @@ def save_pretrained(
     """Write `model` to `folder`: config.json, safetensors, and pruning.json where there is a `report`.
 
     encode: "auto" packs each tensor with the kind that stores it smallest and leaves the others plain; "none" packs
-      nothing; a kind of `ENCODINGS` packs every tensor of two dimensions or more that has zeros. Packing keeps every bit,
-      so a zero of negative sign stays as a value: mask with `masked_fill_`, not by multiplying with 0.
+      nothing; a kind of `ENCODINGS` packs every tensor of two dimensions or more that has zeros. Packing keeps every
+      bit, so -0.0 stays as a value: mask with `masked_fill_`, not by multiplying with 0.
     standalone: also write code with which `trust_remote_code=True` loads the folder where hf_prune is not installed.
     max_shard_size: bytes or "5GB".
 
@@ -66,9 +67,8 @@ def save_pretrained(
     with staged(Path(folder), lambda name: _OURS.fullmatch(name) is not None) as new:
         with _config_with(model, extras):
             # Our tables name tensors as the model does, so packed ones must not be renamed to an older layout.
-            model.save_pretrained(
-                new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=not (encodings or standalone)
-            )
+            rename = not (encodings or standalone)
+            model.save_pretrained(new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=rename)
         if report is not None:
             (new / PRUNING_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         if standalone:
@@ -82,8 +82,8 @@ def narrow_table(model: PreTrainedModel) -> ShapeTable:
     known = getattr(model.config, "quantization_config", None)
     if known is not None and (not isinstance(known, dict) or known.get("quant_method") != QUANT_METHOD):
         raise PruneError(
-            f"model.config.quantization_config must be absent or hf_prune's, got {known!r}; a model has one quantization "
-            f"method, so prune and save before quantizing."
+            f"model.config.quantization_config must be absent or hf_prune's, got {known!r}; a model has one "
+            f"quantization method, so prune and save before quantizing."
         )
     recorded = parse(known).narrow.attributes if known else {}
     config = copy.deepcopy(model.config)

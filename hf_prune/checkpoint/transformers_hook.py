@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers import __version__ as transformers_version
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -47,12 +47,20 @@ def register() -> None:
 
 def require_undocumented() -> None:
     """Raise `ImportError` where the installed transformers lacks a name that loading relies on."""
-    gone = [f"{owner.__name__}.{name}" for owner, names in UNDOCUMENTED.items() for name in names if not hasattr(owner, name)]
+    needed = [(owner, name) for owner, names in UNDOCUMENTED.items() for name in names]
+    gone = [f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)]
     if gone:
         raise ImportError(
-            f"hf_prune loads checkpoints through {', '.join(gone)}, which transformers {transformers_version} does not "
-            f"have; hf_prune needs transformers >= 5.10 and was last checked with {CHECKED_WITH}. Install that, or a newer hf_prune."
+            f"hf_prune loads checkpoints through {', '.join(gone)}, which transformers {transformers.__version__} lacks. "
+            f"hf_prune needs transformers >= 5.10, last checked with {CHECKED_WITH}: install that, or a newer hf_prune."
         )
+
+
+def auto_classes(config_class: type) -> dict[str, str]:
+    """Auto class -> model class, by name, for every Auto class that knows `config_class`."""
+    autos = {name: getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")}
+    mappings = {name: getattr(auto, "_model_mapping", {}) for name, auto in autos.items()}
+    return {name: mapping[config_class].__name__ for name, mapping in mappings.items() if config_class in mapping}
 
 
 class HfPruneConfig(QuantizationConfigMixin):
@@ -101,15 +109,16 @@ class HfPruneQuantizer(HfQuantizer):
         self.packed = rename(table.encodings, way, tensors)
         resize(model, self.narrow)
         if checkpoint_files is not None:
-            tensors = tensors_of(model)
-            check_files(table, {name: tuple(tensors[way(name)].shape) for name in stored if way(name) in tensors}, checkpoint_files)
+            narrow = tensors_of(model)
+            shapes = {name: tuple(narrow[way(name)].shape) for name in stored if way(name) in narrow}
+            check_files(table, shapes, checkpoint_files)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
-        suffixes = [f"_{suffix}" for encoding in ENCODINGS.values() for suffix in encoding.sides]
+        # Side tensors first: some versions of transformers take the first pattern that matches, not the longest.
+        suffixes = [*(f"_{suffix}" for encoding in ENCODINGS.values() for suffix in encoding.sides), ""]
         leaves = sorted({name.rpartition(".")[2] for name in self.packed})
-        # Side tensors first: transformers before 5.17 takes the first pattern that matches, not the longest.
-        return [WeightConverter([*(leaf + s for s in suffixes), leaf], [leaf], [Decode(self.packed)]) for leaf in leaves]
+        return [WeightConverter([leaf + s for s in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.

@@ -1,8 +1,8 @@
 """Replay a table of narrow shapes on a freshly built model, and read such a table off a narrow model.
 
-The table holds only what a config cannot say. Sizes that known layers keep beside their tensors follow from the tensors
-(`sizes.sync_attributes`); other integers are replayed by name. No value moves: resized tensors are new and uninitialised,
-so the same code serves models on meta and on a device.
+The table holds only what a config cannot say. Sizes that known layers keep beside their tensors follow from the
+tensors (`sizes.sync_attributes`); other integers are replayed by name. No value moves: resized tensors are new and
+uninitialised, so the same code serves models on meta and on a device.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def check(model: nn.Module, table: ShapeTable) -> None:
         for alias in aliases(tensors, tensors[name]):
             if table.shapes.get(alias, shape) != shape:
                 raise CheckpointError(
-                    f"shapes: {name!r} is {list(shape)} and {alias!r} is {list(table.shapes[alias])}, but the model ties "
-                    f"these two; give both the same shape."
+                    f"shapes: {name!r} is {list(shape)} and {alias!r} is {list(table.shapes[alias])}, but the model "
+                    f"ties these two; give both the same shape."
                 )
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name, attributes in table.attributes.items():
@@ -79,7 +79,9 @@ def require_known(name: str, known: Iterable[str], kind: str) -> None:
 
 def _check_shape(name: str, shape: Sequence[int], dense: Sequence[int], module: nn.Module) -> None:
     if not is_sizes(shape) or len(shape) != len(dense):
-        raise CheckpointError(f"shapes[{name!r}] must be {len(dense)} ints, one for each of {list(dense)}, got {shape!r}.")
+        raise CheckpointError(
+            f"shapes[{name!r}] must be {len(dense)} ints, one for each of {list(dense)}, got {shape!r}."
+        )
     smallest = 0 if may_be_empty(module) else 1
     for dim, (size, limit) in enumerate(zip(shape, dense, strict=True)):
         low = limit if dim >= fixed_dims(module) else min(smallest, limit)

@@ -1,7 +1,7 @@
 """Zeros that cannot be shrunk away, stored small: one class an encoding, one line of `ENCODINGS` each.
 
 A packed tensor is a 1-D tensor of values under its own name and side tensors beside it (`<name>_gaps`). A program that
-does not know the encoding meets a shape it does not expect and fails, where a new name would have left the weight random.
+does not know the encoding meets a shape it does not expect and fails; under a new name the weight would stay random.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def encode(tensor: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def decode(kind: str, stored: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
-    """The inverse of `encode`; values may have been cast or moved since. Raises `CheckpointError` where parts disagree."""
+    """The inverse of `encode`; values may have been cast since. Raises `CheckpointError` where the parts disagree."""
     sides = [stored[f"_{suffix}"] for suffix in ENCODINGS[kind].sides]
     check_counts(kind, len(stored[""]), sides, shape)
     return ENCODINGS[kind].unpack(stored[""], *sides, prod(shape)).view(*shape)

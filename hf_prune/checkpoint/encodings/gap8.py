@@ -11,8 +11,8 @@ from hf_prune.types import CheckpointError
 class Gap8:
     """Each kept value with the number of zeros before it, 0 to 255.
 
-    A longer run of zeros is broken by storing every 256th of its zeros as a value, so that each gap belongs to one value
-    and decoding has no branch. Random zeros of 90 % meet such a run once in 10^11 values. Zeros at the end cost nothing.
+    A longer run of zeros is broken by storing every 256th of them as a value, so that each gap belongs to one value and
+    decoding has no branch. Random zeros of 90 % hold such a run once in 10^11 values. Zeros at the end cost nothing.
     """
 
     sides = ("gaps",)
