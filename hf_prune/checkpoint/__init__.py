@@ -7,8 +7,8 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     # Lazy, since registering the loader imports this package in the middle of transformers' own import.
-    if name == "save_pretrained":
-        from hf_prune.checkpoint.save import save_pretrained
+    if name in ("mark", "save_pretrained"):
+        from hf_prune.checkpoint import save
 
-        return save_pretrained
+        return getattr(save, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

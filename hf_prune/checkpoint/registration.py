@@ -24,8 +24,13 @@ def register_loader() -> None:
 
 
 def _register() -> None:
-    from hf_prune.checkpoint.transformers_hook import register
-
+    try:
+        from hf_prune.checkpoint.transformers_hook import register
+    except ImportError as error:
+        raise ImportError(
+            f"hf_prune cannot load checkpoints with this transformers ({error}); it needs transformers >= 5.10. "
+            f"Install such a version, or a newer hf_prune."
+        ) from error
     register()
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prune.checkpoint.encodings import ENCODINGS, can_pack, choose
 from hf_prune.checkpoint.encodings import encode as encode_tensor
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
+from hf_prune.checkpoint.names import disk_names, packable, state_on_disk, table_on_disk
 from hf_prune.checkpoint.staging import staged
 from hf_prune.checkpoint.standalone import MODULE_FILE, auto_map, module_source
 from hf_prune.graph.resize import shape_table
@@ -59,22 +60,28 @@ def save_pretrained(
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}; unwrap it first.")
     if encode not in ("auto", "none", *ENCODINGS):
         raise PruneError(f"encode must be one of auto, none, {', '.join(ENCODINGS)}, got {encode!r}.")
-    narrow = narrow_table(model)
-    tensors, encodings = _pack(model, encode)
-    extras = {"quantization_config": to_dict(table)} if (table := CheckpointTable(narrow, encodings)) else {}
+    names = disk_names(model)
+    tensors, encodings = _pack(model, names, encode)
+    table = CheckpointTable(table_on_disk(narrow_table(model), names), encodings)
+    extras: dict[str, Any] = {"quantization_config": to_dict(table)} if table else {}
     if standalone:
         extras["auto_map"] = auto_map(model)
     with staged(Path(folder), lambda name: _OURS.fullmatch(name) is not None) as new:
         with _config_with(model, extras):
-            # Our tables name tensors as the model does, so packed ones must not be renamed to an older layout.
-            rename = not (encodings or standalone)
-            model.save_pretrained(new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=rename)
+            model.save_pretrained(new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False)
         if report is not None:
             (new / PRUNING_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         if standalone:
             (new / MODULE_FILE).write_text(module_source(model), encoding="utf-8")
         if processing_class is not None:
             processing_class.save_pretrained(new)
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Put what makes `model` narrow into its config, so that its own `save_pretrained` writes a folder that loads."""
+    table = CheckpointTable(table_on_disk(narrow_table(model), disk_names(model)))
+    if table:
+        model.config.quantization_config = to_dict(table)
 
 
 def narrow_table(model: PreTrainedModel) -> ShapeTable:
@@ -90,24 +97,23 @@ def narrow_table(model: PreTrainedModel) -> ShapeTable:
     return shape_table(model, lambda: type(model)(config), recorded)
 
 
-def _pack(model: PreTrainedModel, encode: str) -> tuple[dict[str, Tensor], dict[str, Packed]]:
-    """The state dict with packed tensors in it, and how each of those is packed."""
+def _pack(model: PreTrainedModel, names: dict[str, str], encode: str) -> tuple[dict[str, Tensor], dict[str, Packed]]:
+    """The state dict as stored, with packed tensors in it, and how each of those is packed. `names`: `disk_names`."""
     plain = model.state_dict()
     parameters = tensors_of(model)
     for target, source in model.all_tied_weights_keys.items():
         # Packing each name by itself would break the tie that lets transformers store one of them.
         if target != source and target in plain and parameters[target] is parameters.get(source):
             del plain[target]
-    stored: dict[str, Tensor] = {}
+    follows = {suffix: packable(model, names, suffix) for encoding in ENCODINGS.values() for suffix in encoding.sides}
+    packed: dict[str, Tensor] = {}
     encodings: dict[str, Packed] = {}
-    for name, tensor in plain.items():
+    for name, tensor in list(plain.items()):
         kind = _kind(tensor, encode)
-        if kind is None:
-            stored[name] = tensor
-        else:
-            stored |= {name + suffix: part for suffix, part in encode_tensor(tensor, kind).items()}
-            encodings[name] = Packed(kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    return stored, encodings
+        if kind is not None and all(name in follows[suffix] for suffix in ENCODINGS[kind].sides):
+            packed |= {names[name] + suffix: part for suffix, part in encode_tensor(plain.pop(name), kind).items()}
+            encodings[names[name]] = Packed(kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return state_on_disk(model, plain, names) | packed, encodings
 
 
 def _kind(tensor: Any, encode: str) -> str | None:

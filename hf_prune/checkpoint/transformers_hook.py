@@ -1,6 +1,6 @@
 """Our place in `from_pretrained`: a registered quantizer that narrows the empty model, decodes, and then goes away.
 
-The only file that relies on names that transformers does not document; `UNDOCUMENTED` lists them.
+With `names`, the only code that relies on what transformers does not document; `UNDOCUMENTED` lists it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_prune.checkpoint.encodings import ENCODINGS, decode
 from hf_prune.checkpoint.files import check_files
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
-from hf_prune.checkpoint.names import keep, rename, translation
+from hf_prune.checkpoint.names import disk_names, module_names, table_on_disk, tensor_names
 from hf_prune.graph.resize import resize
 from hf_prune.graph.table import require_known, tensors_of
 from hf_prune.types import ShapeTable
@@ -51,8 +51,9 @@ def require_undocumented() -> None:
     gone = [f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)]
     if gone:
         raise ImportError(
-            f"hf_prune loads checkpoints through {', '.join(gone)}, which transformers {transformers.__version__} lacks. "
-            f"hf_prune needs transformers >= 5.10, last checked with {CHECKED_WITH}: install that, or a newer hf_prune."
+            f"hf_prune loads checkpoints through {', '.join(gone)}, which transformers {transformers.__version__} "
+            f"lacks. hf_prune needs transformers >= 5.10 and was last checked with {CHECKED_WITH}: install that, or a "
+            f"newer hf_prune."
         )
 
 
@@ -94,24 +95,21 @@ class HfPruneQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
         table: CheckpointTable = self.quantization_config.table
-        tensors, modules = tensors_of(model), dict(model.named_modules())
-        stored = [*table.narrow.shapes, *table.narrow.attributes, *table.encodings]
-        way = translation(stored, tensors.keys() | modules.keys(), model.base_model_prefix)
-        if way is keep and type(model).__name__ in (model.config.architectures or ()):
+        stored = [*table.narrow.shapes, *table.encodings]
+        names, moved = tensor_names(stored, model)
+        modules = module_names(table.narrow.attributes, model)
+        if not moved and type(model).__name__ in (model.config.architectures or ()):
             # Another class rightly lacks the head of the one saved; the same class must know every name.
-            for name in [*table.narrow.shapes, *table.encodings]:
-                require_known(name, tensors, "tensor")
+            for name in stored:
+                require_known(name, names.keys() | tensors_of(model), "tensor")
             for name in table.narrow.attributes:
-                require_known(name, modules, "module")
-        self.narrow = ShapeTable(
-            rename(table.narrow.shapes, way, tensors), rename(table.narrow.attributes, way, modules)
-        )
-        self.packed = rename(table.encodings, way, tensors)
+                require_known(name, modules.keys() | dict(model.named_modules()), "module")
+        self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
+        self.packed = _renamed(table.encodings, names)
         resize(model, self.narrow)
         if checkpoint_files is not None:
             narrow = tensors_of(model)
-            shapes = {name: tuple(narrow[way(name)].shape) for name in stored if way(name) in narrow}
-            check_files(table, shapes, checkpoint_files)
+            check_files(table, {name: tuple(narrow[local].shape) for name, local in names.items()}, checkpoint_files)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
@@ -123,12 +121,17 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
         self.remove_quantization_config(model)
-        if self.narrow:
-            model.config.quantization_config = to_dict(CheckpointTable(self.narrow))
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decode) for op in getattr(c, "operations", ()))]
         model._weight_conversions = [conversion for conversion in conversions if conversion not in ours]
+        if self.narrow:
+            table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
+            model.config.quantization_config = to_dict(table)
         return model
+
+
+def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[name]: value for name, value in table.items() if name in names}
 
 
 class Decode(ConversionOps):
