@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from hf_prune.checkpoint.registration import register_loader
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -35,3 +37,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
+
+
+register_loader()
