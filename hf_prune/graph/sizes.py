@@ -16,8 +16,8 @@ Size = int | tuple[int, ...]
 def sync_attributes(module: nn.Module) -> None:
     """Set `in_features`, `groups`, `normalized_shape`, ... of `module` to what its tensors say.
 
-    Knows torch's and transformers' own layers and leaves any other module alone. `groups` follows only where it equalled
-    `in_channels` (depthwise); whoever removes whole groups of several channels sets `groups` first.
+    Knows torch's and transformers' own layers and leaves any other module alone. `groups` follows only where it
+    equalled `in_channels` (depthwise); whoever removes whole groups of several channels sets `groups` first.
     """
     read = next((read for kind, read in _READERS if isinstance(module, kind)), None)
     if read is not None:
@@ -30,7 +30,7 @@ def may_be_empty(module: nn.Module) -> bool:
 
 
 def fixed_dims(module: nn.Module) -> int:
-    """First dimension of a weight of `module` that pruning never narrows: 2 for a conv, whose padding fits its kernel."""
+    """First dimension of a weight of `module` that keeps its size: 2 for a conv, whose padding fits its kernel."""
     return 2 if isinstance(module, _ConvNd) else 1 << 30
 
 

@@ -1,0 +1,154 @@
+"""Our place in `from_pretrained`: a registered quantizer that narrows the empty model, decodes, and then goes away.
+
+With `names`, the only code that relies on what transformers does not document; `UNDOCUMENTED` lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_prune.checkpoint.encodings import ENCODINGS, decode
+from hf_prune.checkpoint.files import check_files
+from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
+from hf_prune.checkpoint.names import disk_names, module_names, table_on_disk, tensor_names
+from hf_prune.graph.resize import resize
+from hf_prune.graph.table import require_known, tensors_of
+from hf_prune.types import ShapeTable
+
+CHECKED_WITH = "5.23.0"
+"""Newest transformers that the tests ran with."""
+
+UNDOCUMENTED = {
+    HfQuantizer: (
+        "_process_model_before_weight_loading",
+        "_process_model_after_weight_loading",
+        "get_weight_conversions",
+        "remove_quantization_config",
+    ),
+    WeightConverter: ("convert", "rename_source_key"),
+}
+"""Class -> names that loading overrides or calls."""
+
+
+def register() -> None:
+    """Make `from_pretrained` understand `quant_method: hf_prune`; a second call changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(HfPruneConfig)
+        register_quantizer(QUANT_METHOD)(HfPruneQuantizer)
+
+
+def require_undocumented() -> None:
+    """Raise `ImportError` where the installed transformers lacks a name that loading relies on."""
+    needed = [(owner, name) for owner, names in UNDOCUMENTED.items() for name in names]
+    gone = [f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)]
+    if gone:
+        raise ImportError(
+            f"hf_prune loads checkpoints through {', '.join(gone)}, which transformers {transformers.__version__} "
+            f"lacks. hf_prune needs transformers >= 5.10 and was last checked with {CHECKED_WITH}: install that, or a "
+            f"newer hf_prune."
+        )
+
+
+def auto_classes(config_class: type) -> dict[str, str]:
+    """Auto class -> model class, by name, for every Auto class that knows `config_class`."""
+    autos = {name: getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")}
+    mappings = {name: getattr(auto, "_model_mapping", {}) for name, auto in autos.items()}
+    return {name: mapping[config_class].__name__ for name, mapping in mappings.items() if config_class in mapping}
+
+
+class HfPruneConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint while it loads; the loaded model keeps a plain dict."""
+
+    def __init__(self, **raw: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.table = parse(raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as config.json holds it."""
+        return to_dict(self.table)
+
+
+class HfPruneQuantizer(HfQuantizer):
+    """Replays the shape table before the weights load, and leaves an ordinary model after."""
+
+    is_trainable = True
+    narrow = ShapeTable()
+    packed: Mapping[str, Packed] = {}
+
+    def is_serializable(self) -> bool:
+        """True: what was loaded saves like any other model."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a transformers that loads in another way, before it builds the model."""
+        require_undocumented()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> None:
+        table: CheckpointTable = self.quantization_config.table
+        stored = [*table.narrow.shapes, *table.encodings]
+        names, moved = tensor_names(stored, model)
+        modules = module_names(table.narrow.attributes, model)
+        if not moved and type(model).__name__ in (model.config.architectures or ()):
+            # Another class rightly lacks the head of the one saved; the same class must know every name.
+            for name in stored:
+                require_known(name, names.keys() | tensors_of(model), "tensor")
+            for name in table.narrow.attributes:
+                require_known(name, modules.keys() | dict(model.named_modules()), "module")
+        self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
+        self.packed = _renamed(table.encodings, names)
+        resize(model, self.narrow)
+        if checkpoint_files is not None:
+            narrow = tensors_of(model)
+            check_files(table, {name: tuple(narrow[local].shape) for name, local in names.items()}, checkpoint_files)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
+        # Side tensors first: some versions of transformers take the first pattern that matches, not the longest.
+        suffixes = [*(f"_{suffix}" for encoding in ENCODINGS.values() for suffix in encoding.sides), ""]
+        leaves = sorted({name.rpartition(".")[2] for name in self.packed})
+        return [WeightConverter([leaf + s for s in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
+        self.remove_quantization_config(model)
+        conversions = getattr(model, "_weight_conversions", None) or []
+        ours = [c for c in conversions if any(isinstance(op, Decode) for op in getattr(c, "operations", ()))]
+        model._weight_conversions = [conversion for conversion in conversions if conversion not in ours]
+        if self.narrow:
+            table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
+            model.config.quantization_config = to_dict(table)
+        return model
+
+
+def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[name]: value for name, value in table.items() if name in names}
+
+
+class Decode(ConversionOps):
+    """Values and side tensors -> the tensor. Tensors stored plain, whose names end alike, pass through."""
+
+    def __init__(self, packed: Mapping[str, Packed]) -> None:
+        self.packed = packed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decode:
+        # transformers copies the converter for each tensor it meets; the table is shared.
+        return self
+
+    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        """`input_dict` has a list of one tensor under each last part of a name that was found."""
+        packed = self.packed.get(full_layer_name)
+        if packed is None:
+            return input_dict
+        leaf = full_layer_name.rpartition(".")[2]
+        parts = {part.removeprefix(leaf): tensors[0] for part, tensors in input_dict.items()}
+        return {full_layer_name: decode(packed.kind, parts, packed.shape)}

@@ -1,0 +1,139 @@
+"""What every method's configuration shares: one goal, what to prune, when, and a strict JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+GOALS = ("final_sparsity", "target_params", "target_flops", "target_latency", "target_bytes", "max_metric_drop")
+SCOPES = ("global", "per_group")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The one goal of a run. `value` is the fraction removed for `final_sparsity`, the fraction kept for `target_*`."""
+
+    name: str
+    value: float
+
+    def kept(self, share: float) -> float:
+        """Fraction of the goal's unit (weights, multiply-adds, ...) that stays after `share` of the way, in [0, 1]."""
+        final = 1.0 - self.value if self.name == "final_sparsity" else self.value
+        return 1.0 - (1.0 - final) * share
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Fields that all methods share; a method's own config adds at most twelve. Unknown keys raise."""
+
+    method: ClassVar[str] = ""
+
+    final_sparsity: float | None = None  # fraction of prunable weights removed at the end, in [0, 1)
+    target_params: float | None = None  # fraction of parameters kept, in (0, 1]
+    target_flops: float | None = None  # fraction of multiply-adds kept, in (0, 1]
+    target_latency: float | None = None  # fraction of the dense latency kept, measured on this machine, in (0, 1]
+    target_bytes: float | None = None  # fraction of the dense file size kept, in (0, 1]
+    max_metric_drop: float | None = None  # most that the evaluation metric may lose, in the metric's own unit
+    include: tuple[str, ...] = ()  # globs of module names to prune; empty: linear and conv layers of the repeated blocks
+    exclude: tuple[str, ...] = ()  # globs of module names that stay as they are
+    structure: str = "element"  # how a weight divides into units
+    scope: str = "global"  # "global": one ranking over all weights; "per_group": the same fraction of each
+    begin: float = 0.0  # share of the optimizer steps after which pruning starts, in [0, 1)
+    end: float = 1.0  # share of the optimizer steps at which the goal is reached, in (begin, 1]
+    min_keep: float = 0.0  # fraction of the units of each weight or group that always stays; one unit always does
+    seed: int = 0  # of every random choice that the method itself makes
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                raise TypeError(f"{name} must be a tuple of globs, got the string {patterns!r}; write ({patterns!r},).")
+            object.__setattr__(self, name, tuple(patterns))
+        self._check_goals()
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}.")
+        if not 0.0 <= self.begin < self.end <= 1.0:
+            raise ValueError(
+                f"begin and end must satisfy 0 <= begin < end <= 1 (shares of the optimizer steps), "
+                f"got begin={self.begin}, end={self.end}."
+            )
+        require_range("min_keep", self.min_keep, 0.0, 1.0, closed_right=False)
+
+    def _check_goals(self) -> None:
+        given = [name for name in GOALS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a run has one goal, got {', '.join(given)}; keep one of them.")
+        if self.final_sparsity is not None:
+            require_range("final_sparsity", self.final_sparsity, 0.0, 1.0, closed_right=False)
+        for name in ("target_params", "target_flops", "target_latency", "target_bytes"):
+            if getattr(self, name) is not None:
+                require_range(name, getattr(self, name), 0.0, 1.0, closed_left=False)
+        if self.max_metric_drop is not None and self.max_metric_drop < 0:
+            raise ValueError(f"max_metric_drop must be >= 0, got {self.max_metric_drop}.")
+
+    @property
+    def goal(self) -> Goal | None:
+        """The goal that was set, or None."""
+        for name in GOALS:
+            if getattr(self, name) is not None:
+                return Goal(name, float(getattr(self, name)))
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, with the method's name under `method`."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": self.method, **fields}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key (the closest real one is named), or a `method` that is not this class's.
+        """
+        values = dict(values)
+        method = values.pop("method", cls.method)
+        if method != cls.method:
+            raise ValueError(f"{cls.__name__} is the config of {cls.method!r}, got a config of {method!r}.")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{cls.__name__} has no field {key!r}{closest(key, known)}.")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.from_dict(json.loads(text))
+
+
+def closest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean 'x'?`, or the whole list where nothing is close."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def require_range(
+    name: str, value: float, low: float, high: float, *, closed_left: bool = True, closed_right: bool = True
+) -> None:
+    """Raise a ValueError that shows the interval unless `value` is a number inside it."""
+    left, right = "[" if closed_left else "(", "]" if closed_right else ")"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and (low <= value if closed_left else low < value) and (value <= high if closed_right else value < high)
+    if not inside:
+        raise ValueError(f"{name} must be a number in {left}{low:g}, {high:g}{right}, got {value!r}.")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists the choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{closest(str(value), choices)}.")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

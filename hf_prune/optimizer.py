@@ -1,0 +1,160 @@
+"""An optimizer around any optimizer: gradient transforms before the step, projections after it, frozen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.types import PruneError
+
+OWN_STATE = "hf_prune"
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class StepRules:
+    """What happens around every step of the inner optimizer."""
+
+    transforms: Mapping[nn.Parameter, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Rewrites of gradients; they see gradients that are clipped and free of any loss scale."""
+    projections: Sequence[Callable[[], None]] = ()
+    """Edits of parameters in place, after the step."""
+    trainable: Callable[[nn.Parameter], bool] | None = None
+    """Asked before each step; a parameter for which it says False keeps its value in this step."""
+    lr_scale: Callable[[], float] | None = None
+    """Factor on every learning rate of this step alone."""
+
+
+class PruneOptimizer(torch.optim.Optimizer):
+    """Delegates to `inner`, and applies `rules` around its step.
+
+    Args:
+        inner: the user's optimizer; it also steps the groups that were added for scores and gates.
+        rules: what the method does around the step.
+        extras: optimizers of their own for parameter kinds whose step size means something in their paper.
+        saved: what is saved and restored together with the optimizer's own state, under one key.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        rules: StepRules,
+        extras: Sequence[torch.optim.Optimizer] = (),
+        saved: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        if isinstance(inner, PruneOptimizer):
+            raise PruneError("the optimizer is already wrapped by a Pruner; wrap the plain torch optimizer, once.")
+        # The base class would copy the parameter groups, and copies stop being shared after `load_state_dict`.
+        # Its `__setstate__` prepares hooks and profiling without groups.
+        self.__setstate__({"inner": inner, "rules": rules, "extras": tuple(extras), "saved": dict(saved or {})})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("inner", "rules", "extras", "saved")}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        if not self.extras:
+            return self.inner.param_groups
+        return [group for optimizer in self._all for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        if not self.extras:
+            return self.inner.state
+        return {parameter: state for optimizer in self._all for parameter, state in optimizer.state.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    @property
+    def _all(self) -> tuple[torch.optim.Optimizer, ...]:
+        return (self.inner, *self.extras)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.inner.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self._all:
+            optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every inner optimizer. A closure is evaluated once, before the gradients are rewritten."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._rewrite_gradients()
+        scale = self.rules.lr_scale() if self.rules.lr_scale else 1.0
+        rates = [group["lr"] for group in self.param_groups]
+        self._set_rates([rate * scale for rate in rates])
+        for optimizer in self._all:
+            optimizer.step()
+        self._set_rates(rates)
+        for project in self.rules.projections:
+            project()
+        return loss
+
+    def _rewrite_gradients(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if self.rules.trainable is not None and not self.rules.trainable(parameter):
+                    parameter.grad = None  # a zero gradient would still decay and carry momentum
+                elif parameter in self.rules.transforms:
+                    parameter.grad = self.rules.transforms[parameter](parameter.grad)
+
+    def _set_rates(self, rates: Sequence[float]) -> None:
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {
+            "extras": [optimizer.state_dict() for optimizer in self.extras],
+            "saved": {name: part.state_dict() for name, part in self.saved.items()},
+        }
+        return {**self.inner.state_dict(), OWN_STATE: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            PruneError: the state was written without a Pruner, or by another method.
+        """
+        own = state_dict.get(OWN_STATE)
+        if own is None or own["saved"].keys() != self.saved.keys() or len(own["extras"]) != len(self.extras):
+            raise PruneError(
+                "the optimizer state was not written by this pruning run "
+                f"({'no' if own is None else 'another'} pruning state in it); resume with the same pruning config, "
+                "or start a new run from the checkpoint's weights."
+            )
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != OWN_STATE})
+        for optimizer, state in zip(self.extras, own["extras"], strict=True):
+            optimizer.load_state_dict(state)
+        for name, part in self.saved.items():
+            part.load_state_dict(own["saved"][name])
+
+
+def move_to_group(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], **options: Any
+) -> None:
+    """Take `parameters` out of the optimizer's groups and give them one of their own with `options` (lr, ...)."""
+    remove_from_groups(optimizer, parameters)
+    optimizer.add_param_group({"params": list(parameters), **options})
+
+
+def remove_from_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Take `parameters` out of every group of an optimizer that has not stepped them yet."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]

@@ -1,0 +1,158 @@
+"""Modules inserted while a run lasts: a mask over weights, and the same mask with learned scores behind it.
+
+A gate is inserted into the model before anything wraps it, changes nothing when new, and is folded away at the end:
+afterwards the model has its own parameters only, with removed units exactly zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_prune.types import PruneError, Structure
+
+
+class Gate(Protocol):
+    """`name` is the key in the plan; `parameters()` yields (kind, parameter), the kind naming an optimizer group."""
+
+    name: str
+
+    def insert(self, model: nn.Module) -> None: ...
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def set_keep(self, keep: Tensor) -> None: ...
+    def keep(self) -> Tensor: ...
+    def fold(self, model: nn.Module) -> None: ...
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`weight` where kept, else 0. Backward: the mask for the weight, the identity for the scores (Sanh 2020, eq. 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, keep: Tensor, structure: Structure, tensor: str) -> Tensor:
+        ctx.save_for_backward(weight, keep)
+        ctx.structure, ctx.tensor, ctx.scores_dtype = structure, tensor, scores.dtype
+        return _zero_unless(structure.expand(keep, tensor), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, keep = ctx.saved_tensors
+        (grad,) = grads
+        moved = ctx.structure.view((weight * grad).to(ctx.scores_dtype), ctx.tensor)  # (units, elems)
+        grad_scores = moved.sum(-1) if moved.shape[1] > 1 else moved[:, 0]
+        return _zero_unless(ctx.structure.expand(keep, ctx.tensor), grad), grad_scores, None, None, None
+
+
+class Mask(nn.Module):
+    """The parametrization of one tensor: multiplies it by the keep mask that the gate's first tensor owns."""
+
+    def __init__(self, structure: Structure, tensor: str, owner: Mask | None, device: torch.device) -> None:
+        super().__init__()
+        self.structure, self.tensor = structure, tensor
+        # In a tuple, so that a mask shared by several tensors is registered, saved and moved once.
+        self._owner = (owner,) if owner is not None else ()
+        if owner is None:
+            self.register_buffer("keep", torch.ones(structure.units, dtype=torch.bool, device=device))
+
+    @property
+    def owner(self) -> Mask:
+        return self._owner[0] if self._owner else self
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _zero_unless(self.structure.expand(self.owner.keep, self.tensor), weight)
+
+
+class ScoreMask(Mask):
+    """A mask whose scores learn from every gradient of the weight, also where the weight is masked.
+
+    A one-dimensional tensor of the structure (bias, norm parameter) is masked but teaches the scores nothing.
+    """
+
+    def __init__(
+        self, structure: Structure, tensor: str, owner: Mask | None, device: torch.device, init: float = 0.0
+    ) -> None:
+        super().__init__(structure, tensor, owner, device)
+        if owner is None:
+            # fp32 whatever the weights are: a step of 1e-2 is below the resolution of bf16 from |score| = 4 on.
+            self.scores = nn.Parameter(torch.full((structure.units,), init, dtype=torch.float32, device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.ndim == 1:
+            return super().forward(weight)
+        owner = self.owner
+        return _StraightThrough.apply(weight, owner.scores, owner.keep, self.structure, self.tensor)
+
+
+class MaskGate:
+    """One mask over all tensors of a structure; units removed by the plan are zero while the dense weights live on."""
+
+    mask_type: type[Mask] = Mask
+
+    def __init__(self, structure: Structure, device: torch.device, **mask_arguments: Any) -> None:
+        self.structure = structure
+        self.name = structure.name
+        self.masks = {structure.tensors[0]: self.mask_type(structure, structure.tensors[0], None, device, **mask_arguments)}
+        for tensor in structure.tensors[1:]:
+            self.masks[tensor] = self.mask_type(structure, tensor, self.owner, device, **mask_arguments)
+
+    @property
+    def owner(self) -> Mask:
+        """The mask that holds the keep vector, and the scores where they are learned."""
+        return self.masks[self.structure.tensors[0]]
+
+    def insert(self, model: nn.Module) -> None:
+        for tensor, mask in self.masks.items():
+            module, attribute = _locate(model, tensor)
+            parametrize.register_parametrization(module, attribute, mask)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.owner.named_parameters()
+
+    def set_keep(self, keep: Tensor) -> None:
+        self.owner.keep.copy_(keep)
+
+    def keep(self) -> Tensor:
+        return self.owner.keep
+
+    def fold(self, model: nn.Module) -> None:
+        """Bake the masked value into each tensor of `model`, which may be a copy of the model that holds the gate."""
+        for tensor in self.masks:
+            module, attribute = _locate(model, tensor)
+            if parametrize.is_parametrized(module, attribute):  # one removal bakes all masks of the tensor
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+
+
+class ScoreGate(MaskGate):
+    """A mask with one learned score per unit."""
+
+    mask_type = ScoreMask
+
+    owner: ScoreMask
+
+    def scores(self) -> Tensor:
+        """The learned scores `(units,)`, without gradient."""
+        return self.owner.scores.detach()
+
+
+def refuse_parametrized(model: nn.Module, tensors: Iterable[str]) -> None:
+    """Raise unless every tensor is a plain parameter: masks do not stack on another tool's parametrization."""
+    for tensor in tensors:
+        module, attribute = _locate(model, tensor)
+        if parametrize.is_parametrized(module, attribute):
+            raise PruneError(
+                f"{tensor!r} already has a parametrization ({module.parametrizations[attribute][0].__class__.__name__}); "
+                "finish the other run first (Pruner.finalize) or remove it with torch.nn.utils.parametrize."
+            )
+
+
+def _zero_unless(keep: Tensor, values: Tensor) -> Tensor:
+    """`values` where kept, else +0.0 (a product would leave -0.0, which is no zero to an encoding)."""
+    return torch.where(keep, values, values.new_zeros(()))
+
+
+def _locate(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
+    path, _, attribute = tensor.rpartition(".")
+    return model.get_submodule(path), attribute

@@ -1,0 +1,55 @@
+"""What a method is made of: the parts that `build` returns and `Pruner` runs. Every field is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.parts.gates import Gate
+from hf_prune.parts.selection import Selection
+from hf_prune.types import Phase, Schedule, Structure
+
+
+class Controller(Protocol):
+    """Decides from synchronised numbers only, so that every process decides alike."""
+
+    def phase(self, step: int) -> Phase:
+        """What trains in the optimizer step that comes next."""
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """`progress` and `sparsity` after every optimizer step; evaluation metrics after every evaluation."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Recipe:
+    """The composition of one run on one model."""
+
+    structures: Sequence[Structure] = ()
+    scores: Callable[[], Mapping[str, Tensor]] | None = None
+    """Structure name -> `(units,)`, higher stays."""
+    selection: Selection | None = None
+    schedule: Schedule | None = None
+    """Progress -> share of the way to the goal, handed to `selection`."""
+    fixed_from: float | None = None
+    """Progress from which the plan no longer changes."""
+    gates: Sequence[Gate] = ()
+    penalties: Mapping[str, Callable[[float], Tensor]] = field(default_factory=dict)
+    """Name -> function of progress, added to the loss."""
+    transforms: Mapping[nn.Parameter, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    projections: Sequence[Callable[[], None]] = ()
+    controller: Controller | None = None
+    optimizers: Mapping[str, Mapping[str, Any] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = field(
+        default_factory=dict
+    )
+    """Kind of gate parameter -> options of a group in the user's optimizer (`lr`), or a factory of one of its own."""
+    passes: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    """`(pruner, inputs) -> loss`, in place of the single forward pass."""
+    frozen: Sequence[str] = ()
+    """Parameters that do not train in this run at all."""

@@ -1,0 +1,36 @@
+"""Progress of the run in [0, 1] -> share of the way to the goal in [0, 1]. Pure functions without a step counter."""
+
+from __future__ import annotations
+
+from hf_prune.types import Schedule
+
+
+def _clamp(x: float) -> float:
+    return min(max(x, 0.0), 1.0)
+
+
+def cubic(begin: float = 0.0, end: float = 1.0) -> Schedule:
+    """Fast early, slow late: `1 - (1 - x)^3` with x running from 0 at `begin` to 1 at `end` (Zhu & Gupta 2017, eq. 1).
+
+    >>> cubic(0.0, 1.0)(0.5)
+    0.875
+    """
+    return lambda progress: 1.0 - (1.0 - _clamp((progress - begin) / (end - begin))) ** 3
+
+
+def linear(begin: float = 0.0, end: float = 1.0) -> Schedule:
+    """The same share in every step between `begin` and `end`.
+
+    >>> linear(0.2, 0.6)(0.4)
+    0.5
+    """
+    return lambda progress: round(_clamp((progress - begin) / (end - begin)), 12)
+
+
+def one_shot(at: float = 0.0) -> Schedule:
+    """Nothing before `at`, everything from there on.
+
+    >>> one_shot(0.5)(0.4), one_shot(0.5)(0.5)
+    (0.0, 1.0)
+    """
+    return lambda progress: float(progress >= at)

@@ -1,0 +1,248 @@
+"""How weights divide into units: single elements, blocks, rows, columns, and units of a dimension group.
+
+A structure knows shapes only. It regroups a weight as `(units, elems)` and broadcasts one value per unit back to the
+weight's shape; scores, selection and masks are written once against these two functions.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.types import Group, Member, PruneError, Structure
+
+PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Every weight is a unit of its own."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def units(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        return weight.reshape(-1, 1)
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        return keep.view(self.shape)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tiles of `block` = (rows, columns) of the weight seen as a matrix `(out, everything else)`, row-major."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        rows, columns = self._matrix
+        if rows % self.block[0] or columns % self.block[1]:
+            raise PruneError(
+                f"weight {self.name!r} of shape {self.shape} does not divide into blocks of {self.block}; "
+                f"choose a block_shape that divides ({rows}, {columns}), or add the layer to exclude."
+            )
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        return self.shape[0], torch.Size(self.shape[1:]).numel()
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self._matrix[0] // self.block[0], self._matrix[1] // self.block[1]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def units(self) -> int:
+        return self._grid[0] * self._grid[1]
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
+        tiles = weight.reshape(grid_rows, rows, grid_columns, columns)
+        return tiles.permute(0, 2, 1, 3).reshape(self.units, rows * columns)
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
+        tiles = keep.view(grid_rows, 1, grid_columns, 1).expand(grid_rows, rows, grid_columns, columns)
+        return tiles.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Whole slices along dimension `dim`: rows (one output each) or columns (one input each)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def units(self) -> int:
+        return self.shape[self.dim]
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        return weight.movedim(self.dim, 0).reshape(self.units, -1)
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        return keep.view([-1 if d == self.dim else 1 for d in range(len(self.shape))]).expand(self.shape)
+
+
+@dataclass(frozen=True)
+class GroupUnits:
+    """The units of a dimension group, tied over all its members: an FFN neuron is a row, a bias entry and a column."""
+
+    group: Group
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def name(self) -> str:
+        return self.group.name
+
+    @property
+    def units(self) -> int:
+        return self.group.size
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.shapes)
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        return torch.cat([self._member_view(weight, member) for member in self._members(tensor)], dim=1)
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        shape = dict(self.shapes)[tensor]
+        masks = [self._member_mask(keep, member, shape) for member in self._members(tensor)]
+        return masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+
+    def _members(self, tensor: str) -> list[Member]:
+        return [member for member in self.group.members if member.tensor == tensor]
+
+    def _member_view(self, weight: Tensor, member: Member) -> Tensor:
+        split = weight.movedim(member.dim, 0).reshape(member.outer, self.units, member.inner, -1)
+        return split.movedim(1, 0).reshape(self.units, -1)
+
+    def _member_mask(self, keep: Tensor, member: Member, shape: tuple[int, ...]) -> Tensor:
+        along = keep.view(1, -1, 1).expand(member.outer, self.units, member.inner).reshape(-1)
+        return along.view([-1 if d == member.dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable[str]) -> dict[str, nn.Module]:
+    """Names of the weights to prune -> the modules that hold them, in module order.
+
+    Without `include`: linear and conv layers inside the model's repeated blocks (its `nn.ModuleList`s), which leaves
+    embeddings, pooler and task head alone; a model without such blocks gives all but its last layer.
+
+    Raises:
+        PruneError: nothing matched, a glob that matches no layer, or a weight shared by two modules.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    include, exclude = tuple(include), tuple(exclude)
+    for pattern in (*include, *exclude):
+        if not fnmatch.filter(layers, pattern):
+            raise PruneError(
+                f"pattern {pattern!r} matches none of the model's {len(layers)} linear and conv layers"
+                f"{_example(layers)}; patterns are globs over whole module names, such as 'bert.encoder.*'."
+            )
+    chosen = [n for n in layers if any(fnmatch.fnmatchcase(n, p) for p in include)] if include else _inner(model, layers)
+    chosen = [n for n in chosen if not any(fnmatch.fnmatchcase(n, p) for p in exclude)]
+    if not chosen:
+        raise PruneError(
+            f"no layer of {type(model).__name__} is left to prune (include={include}, exclude={exclude}){_example(layers)}."
+        )
+    _refuse_shared(model, {f"{n}.weight": layers[n] for n in chosen})
+    return {f"{name}.weight": layers[name] for name in chosen}
+
+
+def _example(layers: dict[str, nn.Module]) -> str:
+    return f", for example {next(iter(layers))!r}" if layers else ""
+
+
+def _inner(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    inner = [name for name in layers if name.startswith(repeated)] if repeated else []
+    return inner or list(layers)[:-1]
+
+
+def _refuse_shared(model: nn.Module, weights: dict[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in weights.items():
+        shared = [other for other in owners.get(id(module.weight), []) if other != name]
+        if shared:
+            raise PruneError(
+                f"weight {name!r} is the same tensor as {', '.join(shared)}; a shared weight cannot have a mask of its "
+                f"own. Add {name.removesuffix('.weight')!r} to exclude."
+            )
+
+
+def output_dim(module: nn.Module) -> int:
+    """Which dimension of the module's weight counts its outputs."""
+    return 1 if isinstance(module, Conv1D) else 0
+
+
+def element_structures(weights: dict[str, nn.Module]) -> list[Structure]:
+    return [Elements(name, tuple(module.weight.shape)) for name, module in weights.items()]
+
+
+def block_structures(weights: dict[str, nn.Module], block: tuple[int, int]) -> list[Structure]:
+    return [Blocks(name, tuple(module.weight.shape), block) for name, module in weights.items()]
+
+
+def row_structures(weights: dict[str, nn.Module]) -> list[Structure]:
+    return [Slices(name, tuple(m.weight.shape), output_dim(m)) for name, m in weights.items()]
+
+
+def column_structures(weights: dict[str, nn.Module]) -> list[Structure]:
+    return [Slices(name, tuple(m.weight.shape), 1 - output_dim(m)) for name, m in weights.items()]
+
+
+def neuron_structures(
+    model: nn.Module, groups: Mapping[str, Group], weights: Mapping[str, nn.Module]
+) -> list[Structure]:
+    """One structure per hidden width between two of `weights`: the FFN neurons of a transformer.
+
+    Raises:
+        PruneError: the model has no such width.
+    """
+    found = [group for group in groups.values() if group.frozen is None and _is_hidden_width(group, weights)]
+    if not found:
+        raise PruneError(
+            f"no FFN width was found between the {len(weights)} chosen layers of {type(model).__name__}; "
+            "structure 'neuron' needs pairs of layers of which the second reads the first through pointwise operations."
+        )
+    return [group_structure(group, model) for group in found]
+
+
+def _is_hidden_width(group: Group, weights: Mapping[str, nn.Module]) -> bool:
+    """Rows of one chosen layer and columns of another, whole dimensions, under no statistics."""
+    inside = [member for member in group.members if member.tensor in weights]
+    whole = all(member.outer == member.inner == 1 for member in group.members)
+    return whole and not group.normalised and {member.reads for member in inside} == {True, False}
+
+
+def group_structure(group: Group, model: nn.Module) -> GroupUnits:
+    """`group` bound to the shapes that its members have in `model`."""
+    tensors = dict(model.named_parameters())
+    names = dict.fromkeys(member.tensor for member in group.members if member.tensor in tensors)
+    return GroupUnits(group, tuple((name, tuple(tensors[name].shape)) for name in names))

@@ -1,0 +1,290 @@
+"""`Pruner` holds one recipe on one model, from attach to finalize. It has no branch per method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune import methods
+from hf_prune.config import PruneConfig
+from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
+from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
+from hf_prune.parts.gates import refuse_parametrized
+from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.structures import GroupUnits
+from hf_prune.report import summarise
+from hf_prune.types import Group, Phase, Plan, PruneError, Report
+
+
+class LazyGraph:
+    """The dimension groups of a model, traced when a method first asks for them."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self._model, self._example_inputs = model, example_inputs
+
+    @cached_property
+    def traced(self) -> Any:
+        from hf_prune import graph
+
+        return graph.trace(self._model, self._example_inputs)
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        return self.traced.groups
+
+
+class Pruner:
+    """One pruning run.
+
+    Args:
+        model: changed in place by `attach` and `finalize`.
+        config: the method and its settings.
+        example_inputs: inputs by name for one forward pass, needed by methods that look at the model's graph; the
+            model's own `dummy_inputs` where omitted.
+        teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
+        distillation: weights of the distillation terms.
+        tokenizer: compared with the teacher's where both are known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig,
+        example_inputs: Mapping[str, Tensor] | None = None,
+        *,
+        teacher: nn.Module | str | None = None,
+        distillation: DistillConfig | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.config = model, config
+        self.method = methods.load(config.method)
+        _check_goal(config, self.method)
+        if distillation is not None and teacher is None:
+            raise PruneError("distillation needs a teacher: a model, a folder, a Hub id or 'self'.")
+        self.distillation = distillation or (DistillConfig() if teacher is not None else None)
+        self._teacher, self._tokenizer = teacher, tokenizer
+        self.graph = LazyGraph(model, example_inputs)
+        self.recipe: Recipe | None = None
+        self.distiller: Distiller | None = None
+        self.report: Report | None = None
+        self.phase = Phase("train")
+        self._step = -1
+        self._progress = 0.0
+        self._fixed = False
+        self._last_terms: dict[str, Tensor] = {}
+
+    @property
+    def attached(self) -> bool:
+        return self.recipe is not None
+
+    def attach(self) -> None:
+        """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
+
+        Raises:
+            PruneError: the model cannot be pruned this way; it is left as it was.
+        """
+        if self.attached or self.report is not None:
+            raise PruneError("this Pruner was attached before; make a new one for another run.")
+        if self.distillation is not None:
+            teacher = load_teacher(self._teacher, self.model, self._tokenizer)
+            self.distiller = Distiller([teacher], self.distillation, self.model)
+        recipe = self.method.build(self.model, self.graph, self.config)
+        refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
+        names = dict(self.model.named_parameters())
+        self._thawed = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
+        for parameter in self._thawed:
+            parameter.requires_grad_(False)
+        for gate in recipe.gates:
+            gate.insert(self.model)
+        self.recipe = recipe
+
+    def wrap(self, optimizer: torch.optim.Optimizer) -> PruneOptimizer:
+        """An optimizer that also trains scores and gates and applies the recipe around each step."""
+        recipe, extras = self._attached, []
+        for kind, parameters in self._gate_parameters().items():
+            option = recipe.optimizers.get(kind)
+            if option is None:
+                raise PruneError(f"method {self.config.method!r} says nothing about the optimizer of its {kind}.")
+            if callable(option):
+                remove_from_groups(optimizer, parameters)
+                extras.append(option(parameters))
+            else:
+                move_to_group(optimizer, parameters, **option)
+        controlled = recipe.controller is not None
+        rules = StepRules(
+            transforms=recipe.transforms,
+            projections=recipe.projections,
+            trainable=self._trains if controlled else None,
+            lr_scale=(lambda: self.phase.lr_scale) if controlled else None,
+        )
+        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+
+    def _gate_parameters(self) -> dict[str, list[nn.Parameter]]:
+        kinds: dict[str, list[nn.Parameter]] = {}
+        for gate in self._attached.gates:
+            for kind, parameter in gate.parameters():
+                kinds.setdefault(kind, []).append(parameter)
+        return kinds
+
+    def _trains(self, parameter: nn.Parameter) -> bool:
+        return self.phase.trainable is None or self.phase.trainable(self._names[parameter])
+
+    def check_schedule(self, total_steps: int) -> None:
+        """Raise unless a run of `total_steps` optimizer steps reaches the goal by steps in between."""
+        begin, end = self.config.begin, self.config.end
+        if (end - begin) * total_steps < 1:
+            raise PruneError(
+                f"the pruning schedule runs from begin={begin} to end={end} of {total_steps} optimizer steps, which is "
+                "less than one step: the model would stay dense. Train longer, or widen begin and end."
+            )
+
+    def step(self, step: int, total_steps: int) -> None:
+        """Move to the state after `step` of `total_steps` optimizer steps: masks, phase, controller.
+
+        Call with 0 before the first step and after each optimizer step; repeating a step changes nothing.
+        """
+        recipe = self._attached
+        if step == self._step:
+            return
+        self._step, self._progress = step, step / total_steps
+        if recipe.selection is not None and not self._fixed:
+            share = recipe.schedule(self._progress) if recipe.schedule else self._progress
+            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+            self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
+        if recipe.controller is not None:
+            recipe.controller.observe({"progress": self._progress, "sparsity": self.sparsity})
+            self.phase = recipe.controller.phase(step)
+
+    def _set_plan(self, plan: Plan) -> None:
+        for gate in self._attached.gates:
+            gate.set_keep(plan[gate.name])
+
+    @property
+    def plan(self) -> Plan:
+        """Weight or group name -> bool keep mask over its units, as the gates have it now."""
+        return {gate.name: gate.keep() for gate in self._attached.gates}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of prunable weights that the current plan removes."""
+        return summarise(self._attached.structures, self.plan).sparsity
+
+    @property
+    def at_goal(self) -> bool:
+        """Whether the schedule has reached its end, so that metrics from here on are those of a finished model."""
+        schedule = self._attached.schedule
+        return schedule is None or schedule(self._progress) >= 1.0
+
+    def loss(
+        self,
+        task_loss: Tensor,
+        outputs: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """The training loss of one batch: task, distillation and penalties.
+
+        `scale` multiplies what is added to the task loss; pass `1 / accumulation steps` where the task loss has
+        already been divided. `outputs` and `inputs` are needed with a teacher.
+        """
+        total, terms = task_loss, {}
+        if self.distiller is not None:
+            if outputs is None or inputs is None:
+                raise PruneError("distillation needs the model's outputs and inputs: loss(task_loss, outputs, inputs).")
+            terms = self.distiller.terms(outputs, inputs)
+            total = (1.0 - self.distiller.config.alpha) * task_loss
+        if self.phase.penalties_active:
+            terms = terms | {name: penalty(self._progress) for name, penalty in self._attached.penalties.items()}
+        self._last_terms = {name: term.detach() for name, term in terms.items()}
+        return total + scale * sum(terms.values()) if terms else total
+
+    @property
+    def student_inputs(self) -> dict[str, Any]:
+        """Extra inputs that the model must be called with while training (`output_hidden_states`, ...)."""
+        return self.distillation.student_flags if self.distillation is not None else {}
+
+    def logs(self) -> dict[str, float]:
+        """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
+        values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
+        if hasattr(self._attached.controller, "weight"):
+            values["penalty_weight"] = self._attached.controller.weight
+        return values
+
+    def baked(self) -> tuple[nn.Module, Report]:
+        """A finished copy of the model as it is now; the run goes on untouched."""
+        return self._bake(copy.deepcopy(self.model))
+
+    def finalize(self) -> Report:
+        """Fold the gates, shrink what lost units, and leave a plain model; returns what was done."""
+        _, report = self._bake(self.model)
+        for parameter in self._thawed:
+            parameter.requires_grad_(True)
+        self.recipe, self.distiller, self._last_terms = None, None, {}
+        self.report = report
+        return report
+
+    def _bake(self, model: nn.Module) -> tuple[nn.Module, Report]:
+        recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
+        was_training = model.training
+        model.eval()  # gates that are random while training fold their deterministic value
+        for gate in recipe.gates:
+            gate.fold(model)
+        model.train(was_training)
+        groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
+        frozen = {name: g.frozen for name, g in self.graph.groups.items() if g.frozen} if groups else {}
+        report = summarise(recipe.structures, plan).report(self.config, self.method.PAPER, model, frozen)
+        if groups:
+            from hf_prune import graph
+
+            graph.shrink(model, self.graph.traced, groups)
+        return model, report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted run needs beside model and optimizer; plain numbers and tensors."""
+        controller = self._attached.controller
+        return {
+            "config": self.config.to_json(),
+            "step": self._step,
+            "progress": self._progress,
+            "fixed": self._fixed,
+            "controller": controller.state_dict() if controller is not None else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            PruneError: the state belongs to a run with another config.
+        """
+        if state["config"] != self.config.to_json():
+            raise PruneError(
+                f"the checkpoint was written with another pruning config; it had\n{state['config']}\n"
+                "Resume with that one: PruneConfig.from_json reads it."
+            )
+        self._step, self._progress, self._fixed = state["step"], state["progress"], state["fixed"]
+        controller = self._attached.controller
+        if controller is not None:
+            controller.load_state_dict(state["controller"])
+            self.phase = controller.phase(self._step)
+
+    @property
+    def _attached(self) -> Recipe:
+        if self.recipe is None:
+            state = "finalized" if self.report is not None else "not attached yet"
+            raise PruneError(f"this Pruner is {state}; call attach() first, and finalize() last.")
+        return self.recipe
+
+
+def _check_goal(config: PruneConfig, method: ModuleType) -> None:
+    if config.goal is not None and config.goal.name not in method.GOALS:
+        raise PruneError(
+            f"method {config.method!r} takes {' or '.join(method.GOALS)} as its goal, got {config.goal.name}."
+        )

@@ -1,0 +1,262 @@
+"""The contract that every method keeps, as checks that a method of your own can take too.
+
+>>> from hf_prune.testing import CHECKS, tiny_cases
+>>> for case in tiny_cases("movement"):          # doctest: +SKIP
+...     for check in CHECKS:
+...         check(case)
+
+A check is a function of one `Case` that raises AssertionError. A method that cannot keep one says so in its module:
+`EXCUSES = {(variant, check name): reason}`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_prune import methods
+from hf_prune.config import PruneConfig
+from hf_prune.pruner import Pruner
+
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method under one of its tiny configs, with a model and data made anew from fixed seeds at each call."""
+
+    method: str
+    variant: str
+    config: PruneConfig
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.variant}"
+
+    @property
+    def module(self) -> ModuleType:
+        return methods.load(self.method)
+
+    def excuse(self, check: Callable[[Case], None]) -> str | None:
+        """Why the method need not keep `check` under this config, or None."""
+        excuses: dict[tuple[str, str], str] = getattr(self.module, "EXCUSES", {})
+        return excuses.get((self.variant, check.__name__.removeprefix("check_")))
+
+    def model(self, seed: int = 0) -> nn.Module:
+        return _TINY_MODELS[getattr(self.module, "TINY_MODEL", "text")](seed)
+
+    def batches(self, model: nn.Module, count: int, size: int = 8) -> list[dict[str, Tensor]]:
+        """`count` batches of labelled inputs that `model` takes."""
+        return [_tiny_batch(model, size, seed) for seed in range(count)]
+
+    def pruner(self, model: nn.Module) -> Pruner:
+        example = {k: v for k, v in self.batches(model, 1)[0].items() if k != "labels"}
+        return Pruner(model, self.config, example_inputs=example)
+
+
+def tiny_cases(method: str) -> Iterator[Case]:
+    """One case for each entry of the method's `TINY`."""
+    for variant, config in methods.load(method).TINY.items():
+        yield Case(method, variant, config)
+
+
+def tiny_text_model(seed: int = 0, **config: Any) -> nn.Module:
+    """A BERT classifier of two small layers, in float32 and without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"intermediate_size": 32, "max_position_embeddings": 16, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**{**sizes, **more, **dropout, **config}))
+
+
+def tiny_image_model(seed: int = 0, **config: Any) -> nn.Module:
+    """A ResNet classifier of two small stages."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(seed)
+    sizes = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    return ResNetForImageClassification(ResNetConfig(**{**sizes, "layer_type": "basic", **config}))
+
+
+_TINY_MODELS: dict[str, Callable[..., nn.Module]] = {"text": tiny_text_model, "image": tiny_image_model}
+
+
+def _tiny_batch(model: nn.Module, size: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    labels = torch.randint(0, model.config.num_labels, (size,), generator=generator)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator), "labels": labels}
+    ids = torch.randint(0, model.config.vocab_size, (size, 12), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class Run:
+    """A plain training loop of one case, step by step."""
+
+    def __init__(self, case: Case, *, accumulation: int = 1, steps: int = STEPS) -> None:
+        self.case, self.accumulation, self.steps = case, accumulation, steps
+        self.model = case.model().train()
+        self.pruner = case.pruner(self.model)
+        self.pruner.attach()
+        inner = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.optimizer = self.pruner.wrap(inner)
+        self.batches = case.batches(self.model, steps)
+        self.done = 0
+        self.pruner.step(0, steps)
+
+    def advance(self, to: int | None = None) -> Run:
+        while self.done < (self.steps if to is None else to):
+            self._one_step(self.batches[self.done])
+            self.done += 1
+            self.pruner.step(self.done, self.steps)
+        return self
+
+    def _one_step(self, batch: dict[str, Tensor]) -> None:
+        self.optimizer.zero_grad()
+        for part in _split(batch, self.accumulation):
+            outputs = self.model(**part, **self.pruner.student_inputs)
+            loss = self.pruner.loss(outputs.loss, outputs, part) / self.accumulation
+            loss.backward()
+        self.optimizer.step()
+
+
+def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    chunks = {name: values.chunk(parts) for name, values in batch.items()}
+    return [{name: values[i] for name, values in chunks.items()} for i in range(parts)]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    training = model.training
+    logits = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    model.train(training)
+    return logits
+
+
+def check_config_round_trips(case: Case) -> None:
+    text = case.config.to_json()
+    again = type(case.config).from_json(text)
+    assert again == case.config and again.to_json() == text
+    assert methods.config_from_dict(case.config.to_dict()) == case.config
+
+
+def check_unknown_key_names_the_closest(case: Case) -> None:
+    try:
+        type(case.config).from_dict({**case.config.to_dict(), "final_sparcity": 0.5})
+    except ValueError as error:
+        assert "final_sparsity" in str(error), error
+    else:
+        raise AssertionError("an unknown key was accepted")
+
+
+def check_new_gates_change_nothing(case: Case) -> None:
+    model = case.model()
+    batch = case.batches(model, 1)[0]
+    before = _logits(model, batch)
+    pruner = case.pruner(model)
+    pruner.attach()
+    pruner.step(0, STEPS)
+    after = _logits(model, batch)
+    assert (before - after).abs().max() <= 1e-6
+
+
+def check_goal_is_met(case: Case) -> None:
+    run = Run(case).advance()
+    report = run.pruner.finalize()
+    goal = case.config.goal
+    if goal is not None and goal.name == "final_sparsity":
+        assert abs(report.sparsity - goal.value) <= 0.01, f"{report.sparsity} instead of {goal.value}"
+    assert 0.0 < report.sparsity < 1.0
+
+
+def check_finalize_keeps_outputs(case: Case) -> None:
+    """Masked model == folded and shrunk model."""
+    run = Run(case).advance()
+    batch = run.batches[0]
+    masked = _logits(run.model, batch)
+    run.pruner.finalize()
+    assert (masked - _logits(run.model, batch)).abs().max() <= 1e-5
+
+
+def check_nothing_left_behind(case: Case) -> None:
+    dense = dict(case.model().named_parameters())
+    run = Run(case).advance()
+    run.pruner.finalize()
+    assert dict(run.model.named_parameters()).keys() <= dense.keys()
+    assert all(p.requires_grad == dense[n].requires_grad for n, p in run.model.named_parameters())
+    for name, module in run.model.named_modules():
+        assert not parametrize.is_parametrized(module), f"{name} is still parametrized"
+        assert not module._forward_hooks and not module._forward_pre_hooks, f"{name} still has hooks"
+
+
+def check_resume_is_exact(case: Case) -> None:
+    whole = Run(case).advance()
+    broken = Run(case).advance(to=STEPS // 2)
+    model_state = {name: value.clone() for name, value in broken.model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimizer.pt"
+        torch.save(broken.optimizer.state_dict(), path)
+        optimizer_state = torch.load(path, weights_only=True)
+    resumed = Run(case)
+    resumed.model.load_state_dict(model_state)
+    resumed.optimizer.load_state_dict(optimizer_state)
+    resumed.done = STEPS // 2
+    resumed.advance()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def check_accumulation_changes_nothing(case: Case) -> None:
+    runs = [Run(case, accumulation=parts).advance() for parts in (1, 2, 4)]
+    for other in runs[1:]:
+        assert runs[0].pruner.sparsity == other.pruner.sparsity
+        for name, keep in runs[0].pruner.plan.items():
+            differing = (keep != other.pruner.plan[name]).float().mean()
+            # Sums of other parts round differently, which may swap units whose scores agree to the last digits.
+            assert differing <= 0.02, f"{name}: {differing:.1%} of the units differ"
+
+
+def check_excluded_modules_are_not_masked(case: Case) -> None:
+    """A layer named in `exclude` keeps every weight."""
+    model = case.model()
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    excluded = names[1]
+    config = type(case.config).from_dict({**case.config.to_dict(), "exclude": (excluded,)})
+    run = Run(Case(case.method, case.variant, config)).advance()
+    run.pruner.finalize()
+    assert bool((run.model.get_submodule(excluded).weight != 0).all())
+
+
+def check_save_and_load(case: Case) -> None:
+    from hf_prune.checkpoint import save_pretrained
+
+    run = Run(case).advance()
+    report = run.pruner.finalize()
+    batch = run.batches[0]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(run.model, folder, report=report)
+        loaded = type(run.model).from_pretrained(folder)
+    assert torch.equal(_logits(run.model, batch), _logits(loaded, batch))
+
+
+CHECKS: tuple[Callable[[Case], None], ...] = (
+    check_config_round_trips,
+    check_unknown_key_names_the_closest,
+    check_new_gates_change_nothing,
+    check_goal_is_met,
+    check_finalize_keeps_outputs,
+    check_nothing_left_behind,
+    check_resume_is_exact,
+    check_accumulation_changes_nothing,
+    check_excluded_modules_are_not_masked,
+    check_save_and_load,
+)
