@@ -1,26 +1,28 @@
-"""Integer attributes of modules: tagged with their name while a model is traced, rewritten when it shrinks."""
+"""Integer attributes of modules: tagged with their name while a model is traced."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from hf_prune.graph.table import CONFIG, is_size
 from hf_prune.graph.traced_int import Attribute, TracedInt
-
-CONFIG = "config."
-"""Begins the name of an attribute that belongs to the config of a module."""
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Whatever happens to attributes, modes, tensors and hooks of any module inside is undone afterwards."""
     states = [
-        (module, dict(module.__dict__), {name: dict(value) for name, value in module.__dict__.items() if isinstance(value, dict)})
+        (
+            module,
+            dict(module.__dict__),
+            {name: dict(value) for name, value in module.__dict__.items() if isinstance(value, dict)},
+        )
         for module in model.modules()
     ]
     try:
@@ -55,31 +57,8 @@ def _tagged_config(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 
 def _tagged(value: Any, path: str, name: str) -> Any:
-    if _is_int(value):
+    if is_size(value):
         return TracedInt(value, Attribute(path, name, None, value))
-    if type(value) in (tuple, list) and value and all(map(_is_int, value)):
+    if type(value) in (tuple, list) and value and all(map(is_size, value)):
         return type(value)(TracedInt(item, Attribute(path, name, index, item)) for index, item in enumerate(value))
     return value
-
-
-def read(model: nn.Module, path: str, name: str) -> Any:
-    """Attribute `name` of the module at `path`; `config.x` reads its config."""
-    module = model.get_submodule(path)
-    return getattr(module.config, name.removeprefix(CONFIG)) if name.startswith(CONFIG) else getattr(module, name)
-
-
-def rewrite(model: nn.Module, attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]]) -> None:
-    """Set attributes of modules; one named `config.x` goes into a copy of the config that the module alone owns."""
-    for path, values in attributes.items():
-        module = model.get_submodule(path)
-        for name, value in values.items():
-            value = list(value) if isinstance(read(model, path, name), list) else value
-            if name.startswith(CONFIG):
-                module.config = copy.copy(module.config)
-                setattr(module.config, name.removeprefix(CONFIG), value)
-            else:
-                setattr(module, name, value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -19,7 +19,18 @@ from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.rules.pointwise import pointwise
 from hf_prune.graph.trace import tensors_of
 
-PASSING = {"transpose", "permute", "contiguous", "view", "reshape", "flatten", "squeeze", "unsqueeze", "select", "slice"}
+PASSING = {
+    "transpose",
+    "permute",
+    "contiguous",
+    "view",
+    "reshape",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "select",
+    "slice",
+}
 PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 """Operations that hand a constant on as long as its dim is whole afterwards: they move or average equal values."""
 
@@ -157,7 +168,9 @@ class Constants:
             return None
         vectors = [value for value in values if isinstance(value, Tensor)]
         values = [torch.full_like(vectors[0], torch.nan) if value is None else value for value in values]
-        result = node.target(*(value.clone() if isinstance(value, Tensor) else value for value in values), **node.kwargs)
+        result = node.target(
+            *(value.clone() if isinstance(value, Tensor) else value for value in values), **node.kwargs
+        )
         if not result.is_floating_point():
             return None
         unknown = torch.stack([vector.isnan().expand_as(result) for vector in vectors]).any(0)

@@ -225,7 +225,7 @@ def cut(dim: Dim, at: int) -> tuple[Dim, Dim]:
     step = size(tail)
     if is_frozen(dim) or at % step:
         freeze(dim, "cut inside a block")
-        reason = next(leaves(dim)).frozen
+        reason = next((leaf.frozen for leaf in leaves(dim)), "number of concatenated parts")
         return fresh(at, reason), fresh(whole - at, reason)
     if lead.form is None:
         first, second = (lead.part(at // step),), (lead.part(lead.size - at // step),)
@@ -276,7 +276,9 @@ def unify(x: Dim, y: Dim) -> None:
         if not left and not right:
             return
         if not left or not right or is_frozen(left) or is_frozen(right) or not _merge_heads(left[0], right[0]):
-            reason = next((leaf.frozen for leaf in leaves(left + right) if leaf.frozen), "two uses split it differently")
+            reason = next(
+                (leaf.frozen for leaf in leaves(left + right) if leaf.frozen), "two uses split it differently"
+            )
             freeze(left, reason)
             freeze(right, reason)
             return

@@ -32,6 +32,7 @@ class Flow:
         self.reads: set[tuple[str, int]] = set()
         self.costs: list[Dim] = []
         """One dim an operation; its size is the number of multiply-adds."""
+        self.live = _live(trace)
         self.equations = Equations(self.shapes)
         for node in trace.graph.nodes:
             self._visit(node)
@@ -72,17 +73,21 @@ class Flow:
         return _unknown(node, reason)
 
     def is_weight(self, node: Any) -> bool:
-        """True for a parameter or buffer of the model."""
-        return node in self.trace.tensors
+        """True for a parameter or buffer of the model, also where it was only turned around or cast."""
+        return self._origin(node) in self.trace.tensors
 
     def consume(self, node: Node, dim: int) -> None:
         """Note that a contraction sums over dimension `dim` of `node`, where that is a tensor of the model."""
-        wanted = self.shapes[node][dim]
-        while node.op == "call_function" and name_of(node.target) in FOLLOWED:
+        wanted, origin = self.shapes[node][dim], self._origin(node)
+        if origin in self.trace.tensors:
+            name = self.trace.tensors[origin]
+            self.reads.update((name, i) for i, each in enumerate(self.shapes[origin]) if each is wanted)
+
+    @staticmethod
+    def _origin(node: Any) -> Any:
+        while isinstance(node, Node) and node.op == "call_function" and name_of(node.target) in FOLLOWED:
             node = node.args[0]
-        if self.is_weight(node):
-            name = self.trace.tensors[node]
-            self.reads.update((name, i) for i, each in enumerate(self.shapes[node]) if each is wanted)
+        return node
 
     def cost(self, *dims: Dim) -> None:
         """Note an operation of as many multiply-adds as the product of `dims`."""
@@ -103,6 +108,16 @@ def _obstacle(node: Node, values: list[Tensor], rule: Any) -> str | None:
 
 def _holds_node(value: Any) -> bool:
     return isinstance(value, Node) or isinstance(value, list | tuple) and any(map(_holds_node, value))
+
+
+def _live(trace: Trace) -> set[Node]:
+    """Nodes whose values reach the output or change a tensor in place; others are only asked for their shape."""
+    live: set[Node] = set()
+    for node in reversed(trace.graph.nodes):
+        changes = node.op == "call_function" and name_of(node.target).endswith("_")
+        if node.op == "output" or changes or any(user in live for user in node.users):
+            live.add(node)
+    return live
 
 
 def _values(node: Node) -> Iterator[Tensor]:

@@ -34,9 +34,7 @@ def occurrences(dim: Dim) -> Iterator[tuple[Axis, Member]]:
 
 def _inside(place: Member, start: int, outer: int, pitch: int, inner: int) -> Iterator[Member]:
     """`place` as seen from a dim that repeats its dim `outer` times every `pitch` indices, from `start` on."""
-    moved = replace(
-        place, start=(start + place.start) * inner, pitch=place.pitch * inner, inner=place.inner * inner
-    )
+    moved = replace(place, start=(start + place.start) * inner, pitch=place.pitch * inner, inner=place.inner * inner)
     if outer == 1:
         yield moved
     elif place.outer == 1:

@@ -27,7 +27,9 @@ class Price:
 class Prices:
     """Evaluates `Price` for any sizes of the groups `axes`, in the order given."""
 
-    def __init__(self, axes: Sequence[Axis], costs: Iterable[Dim], tensors: Iterable[tuple[Dim, int]], samples: int) -> None:
+    def __init__(
+        self, axes: Sequence[Axis], costs: Iterable[Dim], tensors: Iterable[tuple[Dim, int]], samples: int
+    ) -> None:
         """costs: one dim an operation.  tensors: all dims of each parameter in one, and bytes an element."""
         number = {axis: place for place, axis in enumerate(axes)}
         multiply_adds, parameters, size = Counter(), Counter(), Counter()

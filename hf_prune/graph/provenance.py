@@ -73,7 +73,10 @@ def _body(function: FunctionType) -> FunctionType:
     """`function` without its opening question whether a mode wants the call: under a mode it would ask for ever."""
     answers = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
     body = FunctionType(
-        function.__code__, {**function.__globals__, **answers}, argdefs=function.__defaults__, closure=function.__closure__
+        function.__code__,
+        {**function.__globals__, **answers},
+        argdefs=function.__defaults__,
+        closure=function.__closure__,
     )
     body.__kwdefaults__ = function.__kwdefaults__
     return body

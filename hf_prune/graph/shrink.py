@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_prune.graph.attributes import read, rewrite
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.kept import Kept, kept_indices, loses
-from hf_prune.graph.sizes import sync_attributes
+from hf_prune.graph.resize import rewrite
+from hf_prune.graph.sizes import Size, sync_attributes
+from hf_prune.graph.table import attribute_holder
 from hf_prune.graph.trace import tensors_of
-from hf_prune.graph.verify import check_model, check_plan, dry_run
+from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
 from hf_prune.types import Plan, ShapeTable
+
 
 def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     """Remove the units that `plan` drops from `model`, in place, and return what became narrow.
@@ -30,6 +32,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     }
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
+    check_table(model, table)
     dry_run(model, graph, table)
     fold_constants(model, graph, kept)
     tensors = tensors_of(model)
@@ -50,9 +53,9 @@ def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:
     return tensor
 
 
-def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, int | tuple[int, ...]]]:
+def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, Size]]:
     """New values of the attributes whose dims lose units."""
-    values: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    values: dict[str, dict[str, Size]] = {}
     for attribute, dim in graph.flow.equations.attributes.items():
         if not loses(dim, kept):
             continue
@@ -60,7 +63,8 @@ def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[st
         if attribute.index is None:
             own[attribute.name] = count
         else:
-            items = list(own.get(attribute.name) or read(model, attribute.module, attribute.name))
+            holder, name = attribute_holder(model.get_submodule(attribute.module), attribute.name)
+            items = list(own.get(attribute.name, getattr(holder, name)))
             items[attribute.index] = count
             own[attribute.name] = tuple(items)
     return values

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from hf_prune.graph.attributes import preserved, rewrite
+from hf_prune.graph.attributes import preserved
 from hf_prune.graph.flow import FOLLOWED
 from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
+from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
 from hf_prune.graph.trace import Inputs, Trace, call, record_on, tensors_of
 from hf_prune.types import Plan, PruneError, ShapeTable
@@ -44,7 +45,7 @@ def check_plan(graph: Graph, plan: Plan) -> None:
 
 
 def check_model(model: nn.Module, graph: Graph) -> None:
-    """Raise unless `model` still has the tensors that `graph` was traced with and nothing hangs on its modules."""
+    """Raise unless `model` still has the tensors that `graph` was traced with and no hooks hang on its modules."""
     tensors = tensors_of(model)
     for name, shape in graph.flow.tensors.items():
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -54,16 +55,21 @@ def check_model(model: nn.Module, graph: Graph) -> None:
                 f"{found or 'gone'}. Trace the model again and make the plan from the new graph."
             )
     for path, module in model.named_modules():
-        if is_parametrized(module):
-            raise PruneError(
-                f"module {path!r} has parametrizations on {sorted(module.parametrizations)}; shrinking would leave them "
-                "at the old size. Fold them first (torch.nn.utils.parametrize.remove_parametrizations)."
-            )
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(not hook.__module__.startswith("transformers.") for hook in hooks):
             raise PruneError(
                 f"module {path!r} has forward hooks, which may rely on the old sizes. Remove them before shrinking and "
                 "register them again afterwards."
+            )
+
+
+def check_table(model: nn.Module, table: ShapeTable) -> None:
+    """Raise where a tensor that is to be cut is computed by a parametrization."""
+    for path in dict.fromkeys(name.partition(".parametrizations.")[0] for name in table.shapes):
+        if is_parametrized(model.get_submodule(path.rpartition(".")[0])) or path not in table.shapes:
+            raise PruneError(
+                f"{path!r} has a parametrization, which would keep its old size. Fold it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 

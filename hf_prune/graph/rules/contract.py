@@ -45,9 +45,7 @@ def matmul(flow: Any, node: Any, x: Shape, y: Shape) -> Shape:
     batch = "ABCDEFGH"[: max(len(x) - len(left), len(y) - len(right))]
     before, after = (batch[len(batch) - len(shape) + len(own) :] for shape, own in ((x, left), (y, right)))
     output = batch + (left + right).replace("i", "")
-    return contract(
-        flow, node, f"{before}{left},{after}{right}->{output}", (node.args[0], x), (node.args[1], y)
-    )
+    return contract(flow, node, f"{before}{left},{after}{right}->{output}", (node.args[0], x), (node.args[1], y))
 
 
 def addmm(flow: Any, node: Any, bias: Shape, x: Shape, y: Shape, **_: Any) -> Shape:
@@ -59,7 +57,7 @@ def einsum(flow: Any, node: Any, equation: str, operands: list[Shape], **_: Any)
     equation = equation.replace(" ", "")
     if "->" not in equation:
         letters = sorted(set(equation) - {",", "."})
-        equation += "->" + "...," [: 3 * ("..." in equation)] + "".join(c for c in letters if equation.count(c) == 1)
+        equation += "->" + "...,"[: 3 * ("..." in equation)] + "".join(c for c in letters if equation.count(c) == 1)
     terms = equation.split("->")[0].split(",")
     wide = max(len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, operands, strict=True))
     inputs = []
@@ -99,7 +97,9 @@ def attention(
     return Shape((*batch, heads, length, value[-1]))
 
 
-def convolution(flow: Any, node: Any, x: Shape, weight: Shape, bias: Shape | None = None, *rest: Any, **_: Any) -> Shape:
+def convolution(
+    flow: Any, node: Any, x: Shape, weight: Shape, bias: Shape | None = None, *rest: Any, **_: Any
+) -> Shape:
     """`conv{1,2,3}d(x, weight, bias, stride, padding, dilation, groups)`; weight `(out, in / groups, *kernel)`."""
     groups = rest[3] if len(rest) > 3 else 1
     channels, out = x[-len(weight) + 1], weight[0]

@@ -36,7 +36,9 @@ def counted(flow: Any, node: Any, *numbers: Any, **_: Any) -> Shape:
 
 RULES = {
     **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), filled),
-    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as"), filled_like),
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as"), filled_like
+    ),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), new_filled),
     **dict.fromkeys(("arange", "linspace", "eye"), counted),
 }

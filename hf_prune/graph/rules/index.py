@@ -65,7 +65,8 @@ def narrow(flow: Any, node: Any, x: Shape, dim: int, start: int | Shape, length:
 
 def select(flow: Any, node: Any, x: Shape, dim: int, place: int) -> Shape:
     dim = int(dim) % len(x)
-    freeze(x[dim], "one place of it is chosen")
+    if node in flow.live:
+        freeze(x[dim], "one place of it is chosen")
     return Shape(each for i, each in enumerate(x) if i != dim)
 
 

@@ -9,8 +9,9 @@ from hf_prune.graph.dims import Dim, Shape, flat, mark, unify
 from hf_prune.graph.traced_int import TracedInt
 
 POINTWISE = (
-    "__and__ __or__ __xor__ _to_copy alias alpha_dropout clone contiguous copy detach dropout feature_dropout "
-    "hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish real relu6 rrelu selu to"
+    "__and__ __or__ __xor__ _to_copy absolute alias alpha_dropout clip clone contiguous copy detach divide dropout "
+    "feature_dropout hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real relu6 rrelu "
+    "selu square subtract to true_divide"
 ).split()
 """Pointwise operations that torch does not tag as such."""
 

@@ -58,7 +58,13 @@ def along(effect: Effect) -> Callable[..., Any]:
 
 
 def layer_norm(
-    flow: Any, node: Any, x: Shape, sizes: Sequence[int], weight: Shape | None = None, bias: Shape | None = None, *_: Any
+    flow: Any,
+    node: Any,
+    x: Shape,
+    sizes: Sequence[int],
+    weight: Shape | None = None,
+    bias: Shape | None = None,
+    *_: Any,
 ) -> Shape:
     """Also `rms_norm`: statistics over the last dims, one scale and one offset an element."""
     last = x[-len(sizes) :]
@@ -72,10 +78,13 @@ def layer_norm(
 
 
 def batch_norm(flow: Any, node: Any, x: Shape, *rest: Any, **_: Any) -> Shape:
-    """Also `instance_norm`: every statistic belongs to one channel, so removing another changes nothing."""
-    for tensor in rest:
+    """Also `instance_norm`: removing a channel changes nothing for the others, but positions share statistics."""
+    for tensor in rest[:4]:
         if isinstance(tensor, Shape):
             unify(tensor[0], x[1])
+    if len(rest) > 4 and rest[4]:
+        for dim in (x[0], *x[2:]):
+            normalise(dim)
     return x
 
 
@@ -102,7 +111,9 @@ RULES = {
         ("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "logsumexp", "median"),
         reducer(_compared),
     ),
-    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort"), along(_compared)),
+    **dict.fromkeys(
+        ("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort"), along(_compared)
+    ),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     "group_norm": group_norm,

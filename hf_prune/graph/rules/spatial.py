@@ -16,12 +16,36 @@ def places(rank: int) -> Callable[..., Any]:
     def rule(flow: Any, node: Any, x: Shape, *_: Any, **__: Any) -> Any:
         for dim in x[-rank:]:
             freeze(dim, "position")
-        value = node.meta["val"]
-        first = value[0] if isinstance(value, tuple | list) else value
-        shape = Shape((*x[:-rank], *(fresh(count, "position") for count in first.shape[-rank:])))
-        return [shape] * len(value) if isinstance(value, tuple | list) else shape
+        return _results(node, [*x[:-rank], *(fresh(count, "position") for count in _sizes(node)[-rank:])])
 
     return rule
+
+
+def windows(rank: int) -> Callable[..., Any]:
+    """Rule of pooling with a window of given size: a window of one place leaves its dim alone."""
+
+    def rule(flow: Any, node: Any, x: Shape, kernel: Sequence[int], *_: Any, **__: Any) -> Any:
+        dims = list(x)
+        for place in range(-rank, 0):
+            width, count = int(kernel[place % len(kernel)]), _sizes(node)[place]
+            if width != 1 or count != size(x[place]):
+                freeze(x[place], "position")
+                dims[place] = fresh(count, "position")
+        return _results(node, dims)
+
+    return rule
+
+
+def _sizes(node: Any) -> tuple[int, ...]:
+    """Shape of the first result."""
+    value = node.meta["val"]
+    return tuple((value[0] if isinstance(value, tuple | list) else value).shape)
+
+
+def _results(node: Any, dims: Sequence[Dim]) -> Shape | list[Shape]:
+    """One shape for each result."""
+    value = node.meta["val"]
+    return [Shape(dims)] * len(value) if isinstance(value, tuple | list) else Shape(dims)
 
 
 def pad(flow: Any, node: Any, x: Shape, widths: Sequence[int], mode: str = "constant", *_: Any) -> Shape:
@@ -99,10 +123,15 @@ RULES = {
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     "channel_shuffle": channel_shuffle,
-    **{f"{kind}_pool{rank}d": places(rank) for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)},
-    **{f"max_pool{rank}d_with_indices": places(rank) for rank in (2, 3)},
+    **{f"{kind}_pool{rank}d": windows(rank) for kind in ("max", "avg") for rank in (1, 2, 3)},
+    **{f"max_pool{rank}d_with_indices": windows(rank) for rank in (2, 3)},
+    **{f"adaptive_avg_pool{rank}d": places(rank) for rank in (1, 2, 3)},
     **{f"adaptive_max_pool{rank}d": places(rank) for rank in (1, 2, 3)},
-    **{f"upsample_{kind}{rank}d": places(rank) for kind in ("nearest", "nearest_exact", "_nearest_exact") for rank in (1, 2, 3)},
+    **{
+        f"upsample_{kind}{rank}d": places(rank)
+        for kind in ("nearest", "nearest_exact", "_nearest_exact")
+        for rank in (1, 2, 3)
+    },
     "upsample_linear1d": places(1),
     "upsample_bilinear2d": places(2),
     "_upsample_bilinear2d_aa": places(2),

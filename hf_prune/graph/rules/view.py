@@ -43,7 +43,11 @@ def unflatten(flow: Any, node: Any, x: Shape, dim: int, sizes: Sequence[int]) ->
 
 
 def squeeze(flow: Any, node: Any, x: Shape, dim: Any = None) -> Shape:
-    chosen = range(len(x)) if dim is None else [int(each) % max(len(x), 1) for each in (dim if isinstance(dim, list | tuple) else [dim])]
+    chosen = (
+        range(len(x))
+        if dim is None
+        else [int(each) % max(len(x), 1) for each in (dim if isinstance(dim, list | tuple) else [dim])]
+    )
     return Shape(each for place, each in enumerate(x) if place not in chosen or size(each) != 1)
 
 
@@ -71,7 +75,9 @@ def reverse(flow: Any, node: Any, x: Shape) -> Shape:
 
 def move(flow: Any, node: Any, x: Shape, source: Any, target: Any) -> Shape:
     """`movedim`."""
-    sources, targets = ([int(each) % len(x) for each in (v if isinstance(v, list | tuple) else [v])] for v in (source, target))
+    sources, targets = (
+        [int(each) % len(x) for each in (v if isinstance(v, list | tuple) else [v])] for v in (source, target)
+    )
     order = [place for place in range(len(x)) if place not in sources]
     for place, where in sorted(zip(sources, targets, strict=True), key=lambda pair: pair[1]):
         order.insert(where, place)
@@ -191,7 +197,7 @@ RULES = {
     **dict.fromkeys(("transpose", "t", "swapaxes", "swapdims"), transpose),
     **dict.fromkeys(("numpy_T", "mT"), reverse),
     **dict.fromkeys(("movedim", "moveaxis"), move),
-    "expand": expand,
+    **dict.fromkeys(("expand", "broadcast_to"), expand),
     "expand_as": expand_as,
     **dict.fromkeys(("repeat", "tile"), repeat),
     "repeat_interleave": repeat_interleave,
