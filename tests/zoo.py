@@ -7,7 +7,7 @@ sharpened: freshly initialised transformers attend uniformly, which hides wrong 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -72,10 +72,6 @@ def waves(_: Any) -> Inputs:
     return {"input_values": torch.randn(2, 1000, generator=torch.Generator().manual_seed(1))}
 
 
-def spectrogram(_: Any) -> Inputs:
-    return {"input_features": torch.randn(2, 16, 60, generator=torch.Generator().manual_seed(1))}
-
-
 TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 96}
 ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 TEXT = ENCODER | TOKENS
@@ -109,9 +105,6 @@ ZOO: dict[str, Entry] = {
     "ConvNextV2ForImageClassification": image("ConvNextV2Config", STAGES, 64),
     "BitForImageClassification": image(
         "BitConfig", RESNET | {"num_groups": 4, "layer_type": "preactivation", "width_factor": 1}, 64
-    ),
-    "CvtForImageClassification": image(
-        "CvtConfig", {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0]}, 64
     ),
     "Data2VecVisionForImageClassification": image("Data2VecVisionConfig", VISION | {"out_indices": [0, 1]}),
     "DeiTForImageClassification": image("DeiTConfig", VISION),
