@@ -73,7 +73,7 @@ class MovementConfig(PruneConfig):
     score_init: float | None = None  # first score; None: 0, and 2.197 for L0
     threshold: float = 0.1  # soft: a unit stays while sigmoid(score) exceeds this at the end
     penalty_weight: float | None = None  # soft and L0: lambda; None: the paper's 400 and 125
-    penalty_gain: float = 100.0  # soft and L0 with final_sparsity: how fast lambda follows the gap in sparsity
+    penalty_gain: float = 16.0  # soft and L0 with final_sparsity: a gap of 0.1 moves lambda by a factor exp(gain / 10)
     freeze_embeddings: bool = True  # as in the paper; they keep their fine-tuned or pretrained values
 
     def __post_init__(self) -> None:
