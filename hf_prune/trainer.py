@@ -95,7 +95,7 @@ class PruneTrainer(Trainer):
         loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
         if self.args.fp16 is False and not bool(torch.isfinite(loss)):
             raise PruneError(
-                f"the loss is {float(loss)} at step {self.state.global_step}; training has diverged. "
+                f"the loss is {loss.item()} at step {self.state.global_step}; training has diverged. "
                 "Lower learning_rate or score_lr, or resume from the last checkpoint in "
                 f"{self.args.output_dir!r}."
             )
