@@ -108,8 +108,8 @@ class HfPruneQuantizer(HfQuantizer):
         self.packed = _renamed(table.encodings, names)
         resize(model, self.narrow)
         if checkpoint_files is not None:
-            narrow = tensors_of(model)
-            check_files(table, {name: tuple(narrow[local].shape) for name, local in names.items()}, checkpoint_files)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+            check_files(table, shapes | {name: shapes[local] for name, local in names.items()}, checkpoint_files)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
