@@ -133,7 +133,8 @@ def test_int8_tensors_come_back(tmp_path):
     weight = torch.randint(-128, 127, (100, 32), dtype=torch.int8).masked_fill(torch.rand(100, 32) < 0.9, 0)
     model.bert.embeddings.word_embeddings.weight = nn.Parameter(weight, requires_grad=False)
     save_pretrained(model, tmp_path / "saved")
-    assert torch.equal(load(tmp_path / "saved", model).bert.embeddings.word_embeddings.weight, weight)
+    loaded = load(tmp_path / "saved", model).bert.embeddings.word_embeddings.weight
+    assert loaded.dtype == torch.int8 and torch.equal(loaded, weight)
 
 
 def test_sharded(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -107,6 +108,7 @@ class HfPruneQuantizer(HfQuantizer):
         self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
         self.packed = _renamed(table.encodings, names)
         resize(model, self.narrow)
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors_of(model).items()}
         if checkpoint_files is not None:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
             check_files(table, shapes | {name: shapes[local] for name, local in names.items()}, checkpoint_files)
@@ -121,6 +123,7 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
         self.remove_quantization_config(model)
+        _cast_renamed(model, self.dtypes)
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(op, Decode) for op in getattr(c, "operations", ()))]
         model._weight_conversions = [conversion for conversion in conversions if conversion not in ours]
@@ -128,6 +131,15 @@ class HfPruneQuantizer(HfQuantizer):
             table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
             model.config.quantization_config = to_dict(table)
         return model
+
+
+def _cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give tensors the dtype that was asked for: transformers 5.10 keeps the stored one where the name changed."""
+    floats = {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+    wanted = {name: tensor for name, tensor in floats.items() if tensor.dtype != dtypes[name]}
+    if wanted and not model._get_dtype_plan(model.dtype):  # a plan keeps some tensors in float32 on purpose
+        for name, tensor in wanted.items():
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
