@@ -4,14 +4,15 @@
     python benchmarks/storage.py --quick    # a tiny model; prints only
 
 Weights are random and zeros fall anywhere: sizes and times depend on the shapes and the sparsity, not on what was
-learned. Dense and packed checkpoints are loaded in turn in one process with one thread, files in the page cache, so that
-a busy machine slows both alike.
+learned. Plain and packed checkpoints are loaded in turn in one process with one thread, so that a busy machine slows
+both alike; once with the file in the page cache, where transformers only maps a plain one, and once read from disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -30,7 +31,13 @@ import hf_prune
 from hf_prune.checkpoint import save_pretrained
 
 RESULTS = Path(__file__).parent / "results" / "storage.json"
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 500}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 500,
+}
 SPARSITY = 0.9
 INPUT_SHAPE = (1, 32)
 FORMATS = ("none", "gap8", "bitmask")
@@ -40,21 +47,31 @@ def sparse_bert(config: BertConfig) -> tuple[BertForSequenceClassification, list
     """A random BERT whose encoder weights are `SPARSITY` zeros, and the names of those weights."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(config).eval()
-    weights = {f"{name}.weight": module for name, module in model.named_modules() if "encoder" in name and hasattr(module, "in_features")}
+    weights = {name: weight for name, weight in model.named_parameters() if "encoder" in name and weight.ndim == 2}
     with torch.no_grad():
-        for module in weights.values():
-            module.weight.masked_fill_(torch.rand_like(module.weight) < SPARSITY, 0.0)
+        for weight in weights.values():
+            weight.masked_fill_(torch.rand_like(weight) < SPARSITY, 0.0)
     return model, list(weights)
 
 
 def stored_bytes(folder: Path, names: list[str]) -> int:
     """Bytes of the tensors `names` and of their side tensors in a checkpoint."""
+    parts = {name + suffix for name in names for suffix in ("", "_gaps", "_bitmask")}
     tensors = load_file(folder / "model.safetensors")
-    return sum(tensor.nbytes for name, tensor in tensors.items() if name.removesuffix("_gaps").removesuffix("_bitmask") in names)
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name in parts)
 
 
-def load_and_run(folder: Path) -> tuple[float, float, torch.Tensor]:
+def forget(file: Path) -> None:
+    """Drop `file` from the page cache, so that the next read comes from disk."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load_and_run(folder: Path, cached: bool) -> tuple[float, float, torch.Tensor]:
     """Seconds to load, seconds to load and run once, and what the model said."""
+    if not cached:
+        forget(folder / "model.safetensors")
     ids = torch.arange(INPUT_SHAPE[1]).expand(INPUT_SHAPE)
     start = time.perf_counter()
     model = BertForSequenceClassification.from_pretrained(folder)
@@ -64,22 +81,25 @@ def load_and_run(folder: Path) -> tuple[float, float, torch.Tensor]:
     return loaded - start, time.perf_counter() - start, logits
 
 
-def measure(folders: dict[str, Path], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds per format, the formats taken in turn."""
+def measure(folders: dict[str, Path], repeats: int, cached: bool) -> dict[str, dict[str, float]]:
+    """Median seconds per format and their ratio to plain, the formats taken in turn."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
-    reference = load_and_run(folders["none"])[2]
+    reference = load_and_run(folders["none"], cached)[2]
     for _ in range(repeats):
         for name, folder in folders.items():
-            *seconds, logits = load_and_run(folder)
+            *seconds, logits = load_and_run(folder, cached)
             if not torch.equal(logits, reference):
                 raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
             times[name].append((seconds[0], seconds[1]))
+    loads = {name: statistics.median(load for load, _ in pairs) for name, pairs in times.items()}
+    totals = {name: statistics.median(total for _, total in pairs) for name, pairs in times.items()}
     return {
         name: {
-            "load_seconds": statistics.median(load for load, _ in pairs),
-            "load_and_first_forward_seconds": statistics.median(both for _, both in pairs),
+            "load_seconds": loads[name],
+            "load_and_first_forward_seconds": totals[name],
+            "load_and_first_forward_over_plain": totals[name] / totals["none"],
         }
-        for name, pairs in times.items()
+        for name in folders
     }
 
 
@@ -92,16 +112,17 @@ def run(config: BertConfig, repeats: int) -> dict[str, Any]:
         folders = {name: Path(root) / name for name in FORMATS}
         for name, folder in folders.items():
             save_pretrained(model, folder, encode=name)
-        formats: dict[str, dict[str, float]] = measure(folders, repeats)
-        for name, folder in folders.items():
-            plain = formats["none"]
-            formats[name] |= {
+        cached, uncached = measure(folders, repeats, cached=True), measure(folders, repeats, cached=False)
+        formats = {
+            name: {
                 "file_bytes": (folder / "model.safetensors").stat().st_size,
                 "config_bytes": (folder / "config.json").stat().st_size,
                 "encoder_weights_times_smaller": dense_bytes / stored_bytes(folder, names),
-                "load_and_first_forward_over_plain": formats[name]["load_and_first_forward_seconds"]
-                / plain["load_and_first_forward_seconds"],
+                "file_in_page_cache": cached[name],
+                "file_on_disk": uncached[name],
             }
+            for name, folder in folders.items()
+        }
     encoder = sum(parameters[name].numel() for name in names)
     return {"encoder_weights": encoder, "parameters": sum(map(torch.numel, parameters.values())), "formats": formats}
 

@@ -104,7 +104,11 @@ def test_files_and_report(tmp_path):
     report = Report("magnitude", {}, {}, 0.9, {}, {"dense": 10, "nonzero": 1, "prunable": 9, "prunable_nonzero": 1})
     save_pretrained(model, tmp_path / "saved", report=report)
     assert json.loads((tmp_path / "saved/pruning.json").read_text()) == report.to_dict()
-    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"config.json", "model.safetensors", "pruning.json"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "pruning.json",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -117,7 +121,9 @@ def test_saving_leaves_the_model_alone(tmp_path):
 
 
 def test_tied_weights_are_stored_once(tmp_path):
-    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=200)
+    config = BertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=200
+    )
     model = BertForMaskedLM(config)
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight.masked_fill_(torch.rand(200, 64) < 0.9, 0.0)
@@ -276,7 +282,9 @@ def test_trainer_trains_and_its_checkpoints_load(saved_bert, tmp_path):
     assert not torch.equal(model.classifier.weight, before)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2")
     assert_same(model, loaded)
-    resumed = Trainer(model=AutoModelForSequenceClassification.from_pretrained(saved_bert), args=args, train_dataset=rows)
+    resumed = Trainer(
+        model=AutoModelForSequenceClassification.from_pretrained(saved_bert), args=args, train_dataset=rows
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(model, resumed.model)
 
@@ -346,7 +354,10 @@ DAMAGES = {
     "huge shape": (set_in("shapes", FFN, [1 << 62, 32]), "between 0 and 64"),
     "wrong ndim": (set_in("shapes", FFN, [40, 32, 1]), "2 ints"),
     "unknown tensor": (set_in("shapes", "bert.encoder.layer.0.intermediate.dense.wait", [4]), "Did you mean"),
-    "another shape than stored": (set_in("shapes", "bert.encoder.layer.0.intermediate.dense.bias", [39]), "different saves"),
+    "another shape than stored": (
+        set_in("shapes", "bert.encoder.layer.0.intermediate.dense.bias", [39]),
+        "different saves",
+    ),
     "unknown module": (set_in("attributes", "bert.encoder.layer.7", {}), "Unknown module"),
     "unknown attribute": (set_in("attributes", SELF, {"heads": 3}), "existing int"),
     "underscore attribute": (set_in("attributes", SELF, {"_parameters": 3}), "existing int"),
@@ -363,7 +374,10 @@ DAMAGES = {
     "encoding of a vector": (set_in("encodings", WORDS, "shape", [3200]), "two dimensions"),
     "encoding of another shape": (set_in("encodings", WORDS, "shape", [101, 32]), "the model needs"),
     "huge encoding": (set_in("encodings", WORDS, "shape", [1 << 40, 1 << 40]), "the model needs"),
-    "unknown encoded tensor": (set_in("encodings", "bert.x", {"kind": "gap8", "shape": [1, 1], "dtype": "float32"}), "Unknown"),
+    "unknown encoded tensor": (
+        set_in("encodings", "bert.x", {"kind": "gap8", "shape": [1, 1], "dtype": "float32"}),
+        "Unknown",
+    ),
     "encoded side": (
         lambda table, tensors: table["encodings"].update({f"{WORDS}_gaps": table["encodings"][WORDS]}),
         "Unknown tensor",
@@ -515,7 +529,13 @@ def test_other_files_stay_and_stale_ones_go(tmp_path):
     model, _ = narrow_model("bert")
     folder = tmp_path / "saved"
     (folder / "runs").mkdir(parents=True)
-    for name in ("README.md", "runs/events", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pruning.json"):
+    for name in (
+        "README.md",
+        "runs/events",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pruning.json",
+    ):
         (folder / name).write_text("old")
     save_pretrained(model, folder)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

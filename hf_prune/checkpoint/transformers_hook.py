@@ -101,10 +101,8 @@ class HfPruneQuantizer(HfQuantizer):
         modules = module_names(table.narrow.attributes, model)
         if not moved and type(model).__name__ in (model.config.architectures or ()):
             # Another class rightly lacks the head of the one saved; the same class must know every name.
-            for name in stored:
-                require_known(name, names.keys() | tensors_of(model), "tensor")
-            for name in table.narrow.attributes:
-                require_known(name, modules.keys() | dict(model.named_modules()), "module")
+            require_known(stored, names.keys() | tensors_of(model).keys(), "tensor")
+            require_known(table.narrow.attributes, modules.keys() | dict(model.named_modules()).keys(), "module")
         self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
         self.packed = _renamed(table.encodings, names)
         resize(model, self.narrow)
@@ -118,15 +116,14 @@ class HfPruneQuantizer(HfQuantizer):
         # Side tensors first: some versions of transformers take the first pattern that matches, not the longest.
         suffixes = [*(f"_{suffix}" for encoding in ENCODINGS.values() for suffix in encoding.sides), ""]
         leaves = sorted({name.rpartition(".")[2] for name in self.packed})
-        return [WeightConverter([leaf + s for s in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
+        return [Unpack([leaf + suffix for suffix in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
         self.remove_quantization_config(model)
         _cast_renamed(model, self.dtypes)
         conversions = getattr(model, "_weight_conversions", None) or []
-        ours = [c for c in conversions if any(isinstance(op, Decode) for op in getattr(c, "operations", ()))]
-        model._weight_conversions = [conversion for conversion in conversions if conversion not in ours]
+        model._weight_conversions = [conversion for conversion in conversions if not isinstance(conversion, Unpack)]
         if self.narrow:
             table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
             model.config.quantization_config = to_dict(table)
@@ -146,15 +143,22 @@ def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
     return {names[name]: value for name, value in table.items() if name in names}
 
 
+class Unpack(WeightConverter):
+    """Collects the parts of packed tensors."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
+        # transformers copies the converter for each tensor it meets, which took longer than decoding: nothing but the
+        # collected tensors is a copy's own.
+        return type(self)([*self.source_patterns], [*self.target_patterns], self.operations)
+
+
 class Decode(ConversionOps):
     """Values and side tensors -> the tensor. Tensors stored plain, whose names end alike, pass through."""
 
     def __init__(self, packed: Mapping[str, Packed]) -> None:
         self.packed = packed
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Decode:
-        # transformers copies the converter for each tensor it meets; the table is shared.
-        return self
 
     def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
         """`input_dict` has a list of one tensor under each last part of a name that was found."""

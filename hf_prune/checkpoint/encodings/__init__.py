@@ -6,7 +6,7 @@ does not know the encoding meets a shape it does not expect and fails; under a n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -51,19 +51,17 @@ OVERHEAD_BYTES = 256
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def choose(tensor: Tensor) -> str | None:
-    """The kind that stores `tensor` smallest, or None where plain is smaller or it has fewer than two dimensions."""
-    if not can_pack(tensor):
+def choose(tensor: Tensor, kinds: Collection[str] = tuple(ENCODINGS)) -> str | None:
+    """The one of `kinds` that stores `tensor` smallest, or None where plain is smaller or the tensor cannot be packed.
+
+    It can with two dimensions or more (a 1-D one would look like its own values) and a dtype of `DTYPES`.
+    """
+    if tensor.ndim < 2 or str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         return None
     kept, size, itemsize = int(_bits(tensor).count_nonzero()), tensor.numel(), tensor.element_size()
-    nbytes = {kind: encoding.nbytes(kept, size, itemsize) for kind, encoding in ENCODINGS.items()}
+    nbytes = {kind: ENCODINGS[kind].nbytes(kept, size, itemsize) for kind in kinds}
     kind = min(nbytes, key=nbytes.__getitem__)
     return kind if nbytes[kind] + OVERHEAD_BYTES < size * itemsize else None
-
-
-def can_pack(tensor: Tensor) -> bool:
-    """Whether `tensor` may be packed: a 1-D one would look like its own values, so it has two dimensions or more."""
-    return tensor.ndim >= 2 and str(tensor.dtype).removeprefix("torch.") in DTYPES
 
 
 def encode(tensor: Tensor, kind: str) -> dict[str, Tensor]:

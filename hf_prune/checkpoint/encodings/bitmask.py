@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_prune.checkpoint.encodings.memory import zeros_for
 from hf_prune.types import CheckpointError
 
 
@@ -40,7 +41,7 @@ class Bitmask:
     @classmethod
     def unpack(cls, values: Tensor, bitmask: Tensor, size: int) -> Tensor:
         """Values (k,) and bitmask (size / 8,) -> the flat tensor, shape (size,)."""
-        return values.new_zeros(size).masked_scatter_(cls._flags(bitmask)[:size], values)
+        return zeros_for(values, size).masked_scatter_(cls._flags(bitmask)[:size], values)
 
     @staticmethod
     def _flags(bitmask: Tensor) -> Tensor:

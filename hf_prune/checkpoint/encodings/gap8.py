@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_prune.checkpoint.encodings.memory import zeros_for
 from hf_prune.types import CheckpointError
 
 
@@ -48,4 +49,4 @@ class Gap8:
         """Values (k,) and gaps (k,) -> the flat tensor, shape (size,)."""
         # In int64 from the start: put_ takes no other index, and one in-place pass beats converting.
         positions = gaps.long().add_(1).cumsum_(0).sub_(1)
-        return values.new_zeros(size).put_(positions, values)
+        return zeros_for(values, size).put_(positions, values)
