@@ -50,7 +50,7 @@ def to_dict(table: CheckpointTable) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "shapes": {name: list(shape) for name, shape in table.narrow.shapes.items()},
         "attributes": {
-            module: {name: value if is_size(value) else list(value) for name, value in attributes.items()}
+            module: {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
             for module, attributes in table.narrow.attributes.items()
         },
         "encodings": {name: asdict(packed) | {"shape": list(packed.shape)} for name, packed in table.encodings.items()},

@@ -60,9 +60,9 @@ def save_pretrained(
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}; unwrap it first.")
     if encode not in ("auto", "none", *ENCODINGS):
         raise PruneError(f"encode must be one of auto, none, {', '.join(ENCODINGS)}, got {encode!r}.")
-    names = disk_names(model)
+    narrow, names = narrow_table(model), disk_names(model)
     tensors, encodings = _pack(model, names, encode)
-    table = CheckpointTable(table_on_disk(narrow_table(model), names), encodings)
+    table = CheckpointTable(table_on_disk(narrow, names), encodings)
     extras: dict[str, Any] = {"quantization_config": to_dict(table)} if table else {}
     if standalone:
         extras["auto_map"] = auto_map(model)

@@ -1,6 +1,7 @@
 """Our place in `from_pretrained`: a registered quantizer that narrows the empty model, decodes, and then goes away.
 
-With `names`, the only code that relies on what transformers does not document; `UNDOCUMENTED` lists it.
+With `names`, the only code that relies on what transformers does not document. `UNDOCUMENTED` lists the methods; where
+something imported by name is gone, importing fails with the message of `registration`.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def auto_classes(config_class: type) -> dict[str, str]:
 class HfPruneConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint while it loads; the loaded model keeps a plain dict."""
 
+    quant_method: Any = QUANT_METHOD
+
     def __init__(self, **raw: Any) -> None:
-        self.quant_method = QUANT_METHOD
         self.table = parse(raw)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +97,8 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        table: CheckpointTable = self.quantization_config.table
+        config: Any = self.quantization_config
+        table: CheckpointTable = config.table
         stored = [*table.narrow.shapes, *table.encodings]
         names, moved = tensor_names(stored, model)
         modules = module_names(table.narrow.attributes, model)
@@ -160,11 +163,14 @@ class Decode(ConversionOps):
     def __init__(self, packed: Mapping[str, Packed]) -> None:
         self.packed = packed
 
-    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         """`input_dict` has a list of one tensor under each last part of a name that was found."""
-        packed = self.packed.get(full_layer_name)
+        name = kwargs["full_layer_name"]
+        packed = self.packed.get(name)
         if packed is None:
             return input_dict
-        leaf = full_layer_name.rpartition(".")[2]
-        parts = {part.removeprefix(leaf): tensors[0] for part, tensors in input_dict.items()}
-        return {full_layer_name: decode(packed.kind, parts, packed.shape)}
+        leaf = name.rpartition(".")[2]
+        parts: dict[str, Tensor] = {part.removeprefix(leaf): tensors[0] for part, tensors in input_dict.items()}
+        return {name: decode(packed.kind, parts, packed.shape)}

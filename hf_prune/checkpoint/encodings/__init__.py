@@ -19,25 +19,25 @@ from hf_prune.types import CheckpointError
 
 
 class Encoding(Protocol):
-    """What `ENCODINGS` holds. `values` are the kept elements in order, shape (k,); sides are 1-D uint8."""
+    """What `ENCODINGS` holds. Values are the kept elements in order, shape (k,); side tensors are 1-D uint8."""
 
     sides: tuple[str, ...]
-    """Suffix of each side tensor, in the order in which `count` and `unpack` take them."""
+    """Suffix of each side tensor, in the order in which the methods give and take them."""
 
     def nbytes(self, kept: int, size: int, itemsize: int) -> int:
         """Bytes that values and sides take together."""
 
-    def pack(self, flat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`flat` of signed ints, shape (size,), -> values and side tensors by suffix."""
+    def pack(self, flat: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`flat` of signed ints, shape (size,), -> values and side tensors."""
 
-    def count(self, *sides_and_size: Tensor | int) -> int:
+    def count(self, sides: Sequence[Tensor], size: int) -> int:
         """How many values the sides place; raises `CheckpointError` where they cannot belong to `size` elements."""
 
-    def unpack(self, values: Tensor, *sides_and_size: Tensor | int) -> Tensor:
+    def unpack(self, values: Tensor, sides: Sequence[Tensor], size: int) -> Tensor:
         """The flat tensor, shape (size,); any dtype of values, on their device."""
 
 
-ENCODINGS: dict[str, type[Encoding]] = {"gap8": Gap8, "bitmask": Bitmask}
+ENCODINGS: dict[str, Encoding] = {"gap8": Gap8(), "bitmask": Bitmask()}
 
 DTYPES = {
     **{"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"},
@@ -70,19 +70,20 @@ def encode(tensor: Tensor, kind: str) -> dict[str, Tensor]:
     Zeros are compared bit by bit: -0.0 is kept as a value, so decoding gives back every bit.
     """
     values, sides = ENCODINGS[kind].pack(_bits(tensor))
-    return {"": values.view(tensor.dtype)} | {f"_{suffix}": side for suffix, side in sides.items()}
+    suffixes = [f"_{suffix}" for suffix in ENCODINGS[kind].sides]
+    return {"": values.view(tensor.dtype), **dict(zip(suffixes, sides, strict=True))}
 
 
 def decode(kind: str, stored: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The inverse of `encode`; values may have been cast since. Raises `CheckpointError` where the parts disagree."""
     sides = [stored[f"_{suffix}"] for suffix in ENCODINGS[kind].sides]
     check_counts(kind, len(stored[""]), sides, shape)
-    return ENCODINGS[kind].unpack(stored[""], *sides, prod(shape)).view(*shape)
+    return ENCODINGS[kind].unpack(stored[""], sides, prod(shape)).view(*shape)
 
 
 def check_counts(kind: str, values: int, sides: Sequence[Tensor], shape: Sequence[int]) -> None:
     """Raise `CheckpointError` unless the side tensors place exactly `values` values into `shape`."""
-    placed = ENCODINGS[kind].count(*sides, prod(shape))
+    placed = ENCODINGS[kind].count(sides, prod(shape))
     if placed != values:
         raise CheckpointError(f"{kind} places {placed} values, but {values} are stored")
 
