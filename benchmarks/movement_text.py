@@ -95,7 +95,10 @@ def train_cell(cell: Cell) -> dict[str, Any]:
             **settings,
         )
         trainer = PruneTrainer(
-            **common, pruning=pruning, teacher=_teacher_folder(cell), distillation=DistillConfig(temperature=2.0, alpha=0.9)
+            **common,
+            pruning=pruning,
+            teacher=_teacher_folder(cell),
+            distillation=DistillConfig(temperature=2.0, alpha=0.9),
         )
     begin = time.perf_counter()
     trainer.train()
@@ -187,14 +190,20 @@ def _spread(store: Store, cells: list[Cell]) -> dict[str, float] | None:
     values = [accuracy(store, cell, "test") for cell in cells if cell in store]
     if not values:
         return None
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, "seeds": len(values)}
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "seeds": len(values),
+    }
 
 
 def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("sparsity", "dense", *METHODS, "hard - magnitude", "soft - magnitude", title="Test accuracy, % (mean ± std)")
+    shown = Table(
+        "sparsity", "dense", *METHODS, "hard - magnitude", "soft - magnitude", title="Test accuracy, % (mean ± std)"
+    )
     dense = summary["test_accuracy"]["dense"]
     for name, row in summary["test_accuracy"].items():
         if name == "dense":

@@ -85,7 +85,9 @@ class PruneTrainer(Trainer):
             self.optimizer = self.pruner.wrap(optimizer)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if not (model.training and self.pruner.attached):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         student_inputs = {**inputs, **self.pruner.student_inputs}

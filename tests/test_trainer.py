@@ -226,7 +226,9 @@ def test_bad_settings_leave_the_model_alone(
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruneError, match=complaint):
         _trainer(tmp_path, dataclasses.replace(PRUNING, **pruning), model, **settings).train()
-    weights = {name.replace(".parametrizations.weight.original", ".weight"): v for name, v in model.state_dict().items()}
+    weights = {
+        name.replace(".parametrizations.weight.original", ".weight"): v for name, v in model.state_dict().items()
+    }
     for name, value in before.items():
         assert torch.equal(value, weights[name]), name
 

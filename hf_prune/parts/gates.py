@@ -95,7 +95,9 @@ class MaskGate:
     def __init__(self, structure: Structure, device: torch.device, **mask_arguments: Any) -> None:
         self.structure = structure
         self.name = structure.name
-        self.masks = {structure.tensors[0]: self.mask_type(structure, structure.tensors[0], None, device, **mask_arguments)}
+        self.masks = {
+            structure.tensors[0]: self.mask_type(structure, structure.tensors[0], None, device, **mask_arguments)
+        }
         for tensor in structure.tensors[1:]:
             self.masks[tensor] = self.mask_type(structure, tensor, self.owner, device, **mask_arguments)
 
