@@ -12,8 +12,6 @@ WORKERS ?= 2
 SLOW ?=
 
 export HF_PRUNE_DATA ?= $(CURDIR)/.hf_prune_data
-# The tests start several processes; one thread each is faster than all of them fighting for the cores.
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 BIN := $(VENV)/bin
@@ -38,6 +36,8 @@ help:
 
 install: $(INSTALLED)
 
+# The tests run in several processes: one thread each is faster than all of them fighting for the cores.
+test: export OMP_NUM_THREADS ?= 1
 test: lint data-text
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),-m "")
 

@@ -37,7 +37,9 @@ class PruneConfig:
     target_latency: float | None = None  # fraction of the dense latency kept, measured on this machine, in (0, 1]
     target_bytes: float | None = None  # fraction of the dense file size kept, in (0, 1]
     max_metric_drop: float | None = None  # most that the evaluation metric may lose, in the metric's own unit
-    include: tuple[str, ...] = ()  # globs of module names to prune; empty: linear and conv layers of the repeated blocks
+    include: tuple[
+        str, ...
+    ] = ()  # globs of module names to prune; empty: linear and conv layers of the repeated blocks
     exclude: tuple[str, ...] = ()  # globs of module names that stay as they are
     structure: str = "element"  # how a weight divides into units
     scope: str = "global"  # "global": one ranking over all weights; "per_group": the same fraction of each
@@ -124,7 +126,9 @@ def require_range(
     """Raise a ValueError that shows the interval unless `value` is a number inside it."""
     left, right = "[" if closed_left else "(", "]" if closed_right else ")"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = number and (low <= value if closed_left else low < value) and (value <= high if closed_right else value < high)
+    inside = (
+        number and (low <= value if closed_left else low < value) and (value <= high if closed_right else value < high)
+    )
     if not inside:
         raise ValueError(f"{name} must be a number in {left}{low:g}, {high:g}{right}, got {value!r}.")
 

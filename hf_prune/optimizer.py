@@ -145,9 +145,7 @@ class PruneOptimizer(torch.optim.Optimizer):
             part.load_state_dict(own["saved"][name])
 
 
-def move_to_group(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], **options: Any
-) -> None:
+def move_to_group(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], **options: Any) -> None:
     """Take `parameters` out of the optimizer's groups and give them one of their own with `options` (lr, ...)."""
     remove_from_groups(optimizer, parameters)
     optimizer.add_param_group({"params": list(parameters), **options})

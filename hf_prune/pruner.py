@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import cached_property
 from types import ModuleType
@@ -15,7 +14,7 @@ from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import refuse_parametrized
+from hf_prune.parts.gates import copy_with_gates, refuse_parametrized
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import summarise
@@ -220,7 +219,7 @@ class Pruner:
 
     def baked(self) -> tuple[nn.Module, Report]:
         """A finished copy of the model as it is now; the run goes on untouched."""
-        return self._bake(copy.deepcopy(self.model))
+        return self._bake(copy_with_gates(self.model))
 
     def finalize(self) -> Report:
         """Fold the gates, shrink what lost units, and leave a plain model; returns what was done."""

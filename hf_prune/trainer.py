@@ -40,6 +40,9 @@ class PruneTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Trainer leaves a loss undivided by accumulation steps where the model's forward takes keywords, trusting it to
+        # use `num_items_in_batch`; BERT's classification heads take it and ignore it. A mean per batch is always right.
+        self.model_accepts_loss_kwargs = False
         _check_arguments(self.args, self.model_init)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise PruneError(
@@ -82,24 +85,23 @@ class PruneTrainer(Trainer):
             self.optimizer = self.pruner.wrap(optimizer)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if not (model.training and self.pruner.attached):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         student_inputs = {**inputs, **self.pruner.student_inputs}
         task_loss, outputs = super().compute_loss(model, student_inputs, return_outputs=True, **kwargs)
-        loss = self.pruner.loss(task_loss, outputs, inputs, scale=self._added_loss_scale(kwargs.get("num_items_in_batch")))
+        # A loss function of the user's own divides by all accumulated items, and Trainer then divides nothing.
+        scale = 1.0 / self.current_gradient_accumulation_steps if self.compute_loss_func is not None else 1.0
+        loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
         if self.args.fp16 is False and not bool(torch.isfinite(loss)):
             raise PruneError(
-                f"the loss is {float(loss)} at step {self.state.global_step}; training has diverged. "
+                f"the loss is {loss.item()} at step {self.state.global_step}; training has diverged. "
                 "Lower learning_rate or score_lr, or resume from the last checkpoint in "
                 f"{self.args.output_dir!r}."
             )
         return (loss, outputs) if return_outputs else loss
-
-    def _added_loss_scale(self, num_items_in_batch: Any) -> float:
-        """Where the model divides its loss by the items of all accumulated batches, Trainer divides nothing later."""
-        divided = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-        return 1.0 / self.current_gradient_accumulation_steps if divided else 1.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner.attached and "loss" in logs:

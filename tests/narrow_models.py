@@ -43,7 +43,12 @@ def norm(name: str, size: int) -> Names:
 def bert() -> tuple[PreTrainedModel, ShapeTable]:
     """Three of four heads, 40 of 64 FFN units in the first of two layers."""
     config = BertConfig(
-        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100, num_labels=3
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=100,
+        num_labels=3,
     )
     layer = "bert.encoder.layer.0."
     heads = linear(f"{layer}attention.self.query", HEADS_OUT, HIDDEN) | linear(
@@ -58,7 +63,9 @@ def bert() -> tuple[PreTrainedModel, ShapeTable]:
 
 def distilbert() -> tuple[PreTrainedModel, ShapeTable]:
     """Three of four heads, 40 of 64 FFN units."""
-    config = DistilBertConfig(dim=HIDDEN, n_layers=1, n_heads=4, hidden_dim=64, vocab_size=100, max_position_embeddings=32)
+    config = DistilBertConfig(
+        dim=HIDDEN, n_layers=1, n_heads=4, hidden_dim=64, vocab_size=100, max_position_embeddings=32
+    )
     layer = "distilbert.transformer.layer.0."
     shapes: Names = {}
     for name in ("q_lin", "k_lin", "v_lin"):
@@ -70,7 +77,12 @@ def distilbert() -> tuple[PreTrainedModel, ShapeTable]:
 def vit() -> tuple[PreTrainedModel, ShapeTable]:
     """Three of four heads, 40 of 64 FFN units; transformers stores this model under names other than its own."""
     config = ViTConfig(
-        hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=16
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
     )
     model = ViTForImageClassification(config)
     shapes: Names = {}
@@ -102,7 +114,10 @@ def mobilenet() -> tuple[PreTrainedModel, ShapeTable]:
     config = MobileNetV2Config(depth_multiplier=0.1, min_depth=8, image_size=32)
     block = "mobilenet_v2.layer.0."
     shapes: Names = {f"{block}expand_1x1.convolution.weight": (30, 8, 1, 1)}
-    shapes |= {f"{block}conv_3x3.convolution.weight": (30, 1, 3, 3), f"{block}reduce_1x1.convolution.weight": (8, 30, 1, 1)}
+    shapes |= {
+        f"{block}conv_3x3.convolution.weight": (30, 1, 3, 3),
+        f"{block}reduce_1x1.convolution.weight": (8, 30, 1, 1),
+    }
     shapes |= norm(f"{block}expand_1x1.normalization", 30) | norm(f"{block}conv_3x3.normalization", 30)
     return MobileNetV2ForImageClassification(config), ShapeTable(shapes)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import EvalPrediction
+from transformers import BertConfig, BertForSequenceClassification, EvalPrediction, Trainer, TrainingArguments
 
 from hf_prune import metrics
 from hf_prune.metrics.span_f1 import normalise
@@ -149,6 +149,22 @@ def test_compute_metrics_for_trainer(predictions):
     assert metrics.compute_metrics_for("accuracy")(evaluation) == {"accuracy": 0.75}
     expected = f1_score(labels, LOGITS.argmax(-1), average="macro")
     assert metrics.compute_metrics_for("f1", average="macro")(evaluation) == {"f1": pytest.approx(expected)}
+
+
+def test_trainer_takes_compute_metrics(tmp_path):
+    config = BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    rows = [{"input_ids": [i, i + 1, i + 2], "labels": i % 3} for i in range(9)]
+    trainer = Trainer(
+        model=BertForSequenceClassification(config),
+        args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=4),
+        eval_dataset=rows,
+        compute_metrics=metrics.compute_metrics_for("f1", average="macro"),
+    )
+    predicted = trainer.predict(rows)
+    expected = f1_score(predicted.label_ids, predicted.predictions.argmax(-1), average="macro")
+    assert trainer.evaluate()["eval_f1"] == pytest.approx(expected)
 
 
 def test_compute_metrics_leaves_out_ignored_tokens():

@@ -132,7 +132,7 @@ def test_exact_count_per_matrix(sparsity: float) -> None:
 
 def test_hard_concrete_by_hand() -> None:
     """Outside training a gate is 0 iff S <= log(1/11) = -2.398; the start 2.197 gives 0.98; penalty sigmoid(S + 1.599)."""
-    assert movement.CLOSED == pytest.approx(-2.3979, abs=1e-4)
+    assert pytest.approx(-2.3979, abs=1e-4) == movement.CLOSED
     gate = movement.HardConcreteGate(Elements("w", (1, 4)), torch.device("cpu"), seed=0)
     gate.owner.eval()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_hard_concrete_by_hand() -> None:
     assert values[0] == 0 and values[1] > 0 and values[3] == 1
     assert values[2] == pytest.approx(0.98, abs=1e-3)
     assert gate.keep().tolist() == [False, True, True, True]
-    assert -movement.BETA * movement.CLOSED == pytest.approx(1.5986, abs=1e-4)
+    assert pytest.approx(1.5986, abs=1e-4) == -movement.BETA * movement.CLOSED
 
 
 def test_hard_concrete_draws_once_per_optimizer_step() -> None:

@@ -55,9 +55,7 @@ def test_dense_model_has_an_empty_table():
 def test_attributes_of_modules_with_narrow_tensors_are_found():
     model, _ = narrow_model("bert")
     table = shape_table(model, lambda: rebuilt(model))
-    assert table.attributes == {
-        "bert.encoder.layer.0.attention.self": {"num_attention_heads": 3, "all_head_size": 24}
-    }
+    assert table.attributes == {"bert.encoder.layer.0.attention.self": {"num_attention_heads": 3, "all_head_size": 24}}
 
 
 def test_attributes_elsewhere_are_compared_only_when_recorded():
@@ -84,7 +82,9 @@ def test_config_attribute_belongs_to_one_module():
 
 
 def test_tied_parameters_stay_tied():
-    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=100)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=100
+    )
     model = BertForMaskedLM(config)
     resize(model, ShapeTable({"bert.embeddings.word_embeddings.weight": (80, 32)}))
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight

@@ -18,8 +18,8 @@ from hf_prune.types import CheckpointError
 def check_files(table: CheckpointTable, model: Mapping[str, tuple[int, ...]], files: Iterable[str | Path]) -> None:
     """Raise `CheckpointError` unless the tensors in `files` are what `table` says.
 
-    `table` uses the names on disk, and so does `model`, the narrow shape of each tensor of the model. Only headers and
-    side tensors are read.
+    `table` uses the names on disk; `model` has the narrow shape of each tensor of the model, under its own name and
+    under that on disk. Only headers and side tensors are read.
     """
     with ExitStack() as stack:
         stored: dict[str, Any] = {}

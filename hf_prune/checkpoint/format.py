@@ -11,7 +11,7 @@ stored tensors in `files`, all before a tensor is allocated. What is not underst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ def to_dict(table: CheckpointTable) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "shapes": {name: list(shape) for name, shape in table.narrow.shapes.items()},
         "attributes": {
-            module: {name: value if is_size(value) else list(value) for name, value in attributes.items()}
+            module: {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
             for module, attributes in table.narrow.attributes.items()
         },
         "encodings": {name: asdict(packed) | {"shape": list(packed.shape)} for name, packed in table.encodings.items()},
@@ -111,8 +111,7 @@ def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _require_keys(where: str, raw: Mapping[str, Any], known: Iterable[str], required: bool) -> None:
-    for key in raw:
-        require_known(key, known, f"key in {where}:")
+def _require_keys(where: str, raw: Mapping[str, Any], known: Collection[str], required: bool) -> None:
+    require_known(raw, known, f"key in {where}:")
     if required and (missing := sorted(set(known) - raw.keys())):
         raise CheckpointError(f"{where} lacks {', '.join(missing)}.")

@@ -68,10 +68,18 @@ def table_on_disk(narrow: ShapeTable, names: Mapping[str, str]) -> ShapeTable:
 
 
 def packable(model: Any, names: Mapping[str, str], suffix: str) -> set[str]:
-    """Those of `names` (from `disk_names`) whose side tensor `<name>_<suffix>` is renamed along when it loads."""
+    """Those of `names` (from `disk_names`) that may have a side tensor `<name>_<suffix>`.
+
+    The model must have no tensor of that name, and must rename the side tensor as it renames the tensor when it loads.
+    """
     renamings = _renamings(model)
+    taken = names.keys() | names.values()
     sides = {name: (f"{name}_{suffix}", f"{disk}_{suffix}") for name, disk in names.items()}
-    return {name for name, (own, disk) in sides.items() if own in (disk, rename_source_key(disk, renamings, [])[0])}
+    return {
+        name
+        for name, (own, disk) in sides.items()
+        if not {own, disk} & taken and own in (disk, rename_source_key(disk, renamings, [])[0])
+    }
 
 
 def _renamings(model: Any) -> list[WeightRenaming]:

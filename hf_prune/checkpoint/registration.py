@@ -57,6 +57,7 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Python's own loader stays on the module, so that `inspect.getsource` and reloading work as ever.
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.inner
         self.inner.exec_module(module)
         # Only now: a search for the module, or an import that failed, must not use up the finder.

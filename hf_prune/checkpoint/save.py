@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prune.checkpoint.encodings import ENCODINGS, can_pack, choose
+from hf_prune.checkpoint.encodings import ENCODINGS, choose
 from hf_prune.checkpoint.encodings import encode as encode_tensor
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
 from hf_prune.checkpoint.names import disk_names, packable, state_on_disk, table_on_disk
@@ -48,9 +48,9 @@ def save_pretrained(
 ) -> None:
     """Write `model` to `folder`: config.json, safetensors, and pruning.json where there is a `report`.
 
-    encode: "auto" packs each tensor with the kind that stores it smallest and leaves the others plain; "none" packs
-      nothing; a kind of `ENCODINGS` packs every tensor of two dimensions or more that has zeros. Packing keeps every
-      bit, so -0.0 stays as a value: mask with `masked_fill_`, not by multiplying with 0.
+    encode: "auto" packs each tensor with the kind that stores it smallest, a kind of `ENCODINGS` uses only that kind,
+      "none" packs nothing; a tensor that packing would not make smaller stays plain. Packing keeps every bit, so -0.0
+      stays as a value: mask with `masked_fill_`, not by multiplying with 0.
     standalone: also write code with which `trust_remote_code=True` loads the folder where hf_prune is not installed.
     max_shard_size: bytes or "5GB".
 
@@ -60,9 +60,9 @@ def save_pretrained(
         raise TypeError(f"model must be a PreTrainedModel, got {type(model).__name__}; unwrap it first.")
     if encode not in ("auto", "none", *ENCODINGS):
         raise PruneError(f"encode must be one of auto, none, {', '.join(ENCODINGS)}, got {encode!r}.")
-    names = disk_names(model)
+    narrow, names = narrow_table(model), disk_names(model)
     tensors, encodings = _pack(model, names, encode)
-    table = CheckpointTable(table_on_disk(narrow_table(model), names), encodings)
+    table = CheckpointTable(table_on_disk(narrow, names), encodings)
     extras: dict[str, Any] = {"quantization_config": to_dict(table)} if table else {}
     if standalone:
         extras["auto_map"] = auto_map(model)
@@ -117,11 +117,9 @@ def _pack(model: PreTrainedModel, names: dict[str, str], encode: str) -> tuple[d
 
 
 def _kind(tensor: Any, encode: str) -> str | None:
-    if encode == "none" or not isinstance(tensor, Tensor) or tensor.is_meta or not can_pack(tensor):
+    if encode == "none" or not isinstance(tensor, Tensor) or tensor.is_meta:
         return None
-    if encode == "auto":
-        return choose(tensor)
-    return encode if tensor.numel() and not tensor.all() else None
+    return choose(tensor, ENCODINGS if encode == "auto" else [encode])
 
 
 @contextmanager

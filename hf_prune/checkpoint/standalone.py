@@ -24,6 +24,7 @@ _MODULES = (
     "graph.sizes",
     "graph.table",
     "graph.resize",
+    "checkpoint.encodings.memory",
     "checkpoint.encodings.gap8",
     "checkpoint.encodings.bitmask",
     "checkpoint.encodings",

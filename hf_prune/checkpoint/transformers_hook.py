@@ -1,6 +1,7 @@
 """Our place in `from_pretrained`: a registered quantizer that narrows the empty model, decodes, and then goes away.
 
-With `names`, the only code that relies on what transformers does not document; `UNDOCUMENTED` lists it.
+With `names`, the only code that relies on what transformers does not document. `UNDOCUMENTED` lists the methods; where
+something imported by name is gone, importing fails with the message of `registration`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -67,8 +69,9 @@ def auto_classes(config_class: type) -> dict[str, str]:
 class HfPruneConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint while it loads; the loaded model keeps a plain dict."""
 
+    quant_method: Any = QUANT_METHOD
+
     def __init__(self, **raw: Any) -> None:
-        self.quant_method = QUANT_METHOD
         self.table = parse(raw)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,44 +97,64 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        table: CheckpointTable = self.quantization_config.table
+        config: Any = self.quantization_config
+        table: CheckpointTable = config.table
         stored = [*table.narrow.shapes, *table.encodings]
         names, moved = tensor_names(stored, model)
         modules = module_names(table.narrow.attributes, model)
         if not moved and type(model).__name__ in (model.config.architectures or ()):
             # Another class rightly lacks the head of the one saved; the same class must know every name.
-            for name in stored:
-                require_known(name, names.keys() | tensors_of(model), "tensor")
-            for name in table.narrow.attributes:
-                require_known(name, modules.keys() | dict(model.named_modules()), "module")
+            require_known(stored, names.keys() | tensors_of(model).keys(), "tensor")
+            require_known(table.narrow.attributes, modules.keys() | dict(model.named_modules()).keys(), "module")
         self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
         self.packed = _renamed(table.encodings, names)
         resize(model, self.narrow)
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors_of(model).items()}
         if checkpoint_files is not None:
-            narrow = tensors_of(model)
-            check_files(table, {name: tuple(narrow[local].shape) for name, local in names.items()}, checkpoint_files)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+            check_files(table, shapes | {name: shapes[local] for name, local in names.items()}, checkpoint_files)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
         # Side tensors first: some versions of transformers take the first pattern that matches, not the longest.
         suffixes = [*(f"_{suffix}" for encoding in ENCODINGS.values() for suffix in encoding.sides), ""]
         leaves = sorted({name.rpartition(".")[2] for name in self.packed})
-        return [WeightConverter([leaf + s for s in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
+        return [Unpack([leaf + suffix for suffix in suffixes], [leaf], [Decode(self.packed)]) for leaf in leaves]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
         self.remove_quantization_config(model)
+        _cast_renamed(model, self.dtypes)
         conversions = getattr(model, "_weight_conversions", None) or []
-        ours = [c for c in conversions if any(isinstance(op, Decode) for op in getattr(c, "operations", ()))]
-        model._weight_conversions = [conversion for conversion in conversions if conversion not in ours]
+        model._weight_conversions = [conversion for conversion in conversions if not isinstance(conversion, Unpack)]
         if self.narrow:
             table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
             model.config.quantization_config = to_dict(table)
         return model
 
 
+def _cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give tensors the dtype that was asked for: transformers 5.10 keeps the stored one where the name changed."""
+    floats = {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+    wanted = {name: tensor for name, tensor in floats.items() if tensor.dtype != dtypes[name]}
+    if wanted and not model._get_dtype_plan(model.dtype):  # a plan keeps some tensors in float32 on purpose
+        for name, tensor in wanted.items():
+            tensor.data = tensor.data.to(dtypes[name])
+
+
 def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {names[name]: value for name, value in table.items() if name in names}
+
+
+class Unpack(WeightConverter):
+    """Collects the parts of packed tensors."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
+        # transformers copies the converter for each tensor it meets, which took longer than decoding: nothing but the
+        # collected tensors is a copy's own.
+        return type(self)([*self.source_patterns], [*self.target_patterns], self.operations)
 
 
 class Decode(ConversionOps):
@@ -140,15 +163,14 @@ class Decode(ConversionOps):
     def __init__(self, packed: Mapping[str, Packed]) -> None:
         self.packed = packed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Decode:
-        # transformers copies the converter for each tensor it meets; the table is shared.
-        return self
-
-    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         """`input_dict` has a list of one tensor under each last part of a name that was found."""
-        packed = self.packed.get(full_layer_name)
+        name = kwargs["full_layer_name"]
+        packed = self.packed.get(name)
         if packed is None:
             return input_dict
-        leaf = full_layer_name.rpartition(".")[2]
-        parts = {part.removeprefix(leaf): tensors[0] for part, tensors in input_dict.items()}
-        return {full_layer_name: decode(packed.kind, parts, packed.shape)}
+        leaf = name.rpartition(".")[2]
+        parts: dict[str, Tensor] = {part.removeprefix(leaf): tensors[0] for part, tensors in input_dict.items()}
+        return {name: decode(packed.kind, parts, packed.shape)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,15 @@ def split_of(group: str) -> str:
 def shuffled(key: str) -> str:
     """Sort key of a shuffled but fixed order, so that the first N rows are a fair sample."""
     return _sha256("order:" + key)
+
+
+def once(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows without those whose key came before."""
+    seen = set()
+    for row in rows:
+        if row.key not in seen:
+            seen.add(row.key)
+            yield row
 
 
 def split_limit(split: str, limit: int | None) -> int | None:

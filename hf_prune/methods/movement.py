@@ -73,7 +73,7 @@ class MovementConfig(PruneConfig):
     score_init: float | None = None  # first score; None: 0, and 2.197 for L0
     threshold: float = 0.1  # soft: a unit stays while sigmoid(score) exceeds this at the end
     penalty_weight: float | None = None  # soft and L0: lambda; None: the paper's 400 and 125
-    penalty_gain: float = 100.0  # soft and L0 with final_sparsity: how fast lambda follows the gap in sparsity
+    penalty_gain: float = 16.0  # soft and L0 with final_sparsity: a gap of 0.1 moves lambda by a factor exp(gain / 10)
     freeze_embeddings: bool = True  # as in the paper; they keep their fine-tuned or pretrained values
 
     def __post_init__(self) -> None:
@@ -93,7 +93,9 @@ class MovementConfig(PruneConfig):
         if self.variant not in PAPER_PENALTY and self.final_sparsity is None:
             raise ValueError(f"variant {self.variant!r} needs final_sparsity, the fraction of weights to remove.")
         if self.final_sparsity == 0:
-            raise ValueError("final_sparsity is 0, so nothing would ever be pruned; set it above 0 or use a plain Trainer.")
+            raise ValueError(
+                "final_sparsity is 0, so nothing would ever be pruned; set it above 0 or use a plain Trainer."
+            )
 
     @property
     def first_penalty(self) -> float:
@@ -177,7 +179,9 @@ def _embeddings(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}.weight" for name in tables)
 
 
-def _hard(model: nn.Module, units: Sequence[Structure], device: torch.device, _: Schedule, config: MovementConfig) -> dict:
+def _hard(
+    model: nn.Module, units: Sequence[Structure], device: torch.device, _: Schedule, config: MovementConfig
+) -> dict:
     gates = [ScoreGate(each, device, init=config.first_score) for each in units]
     return {
         "gates": gates,
@@ -187,7 +191,9 @@ def _hard(model: nn.Module, units: Sequence[Structure], device: torch.device, _:
     }
 
 
-def _magnitude(model: nn.Module, units: Sequence[Structure], device: torch.device, _: Schedule, config: MovementConfig) -> dict:
+def _magnitude(
+    model: nn.Module, units: Sequence[Structure], device: torch.device, _: Schedule, config: MovementConfig
+) -> dict:
     return {
         "gates": [MaskGate(each, device) for each in units],
         "scores": magnitude(model, units),
@@ -195,7 +201,9 @@ def _magnitude(model: nn.Module, units: Sequence[Structure], device: torch.devic
     }
 
 
-def _soft(model: nn.Module, units: Sequence[Structure], device: torch.device, schedule: Schedule, config: MovementConfig) -> dict:
+def _soft(
+    model: nn.Module, units: Sequence[Structure], device: torch.device, schedule: Schedule, config: MovementConfig
+) -> dict:
     gates = [ScoreGate(each, device, init=config.first_score) for each in units]
 
     def above_threshold(scores: Mapping[str, Tensor], share: float) -> Plan:
@@ -212,8 +220,12 @@ def _soft(model: nn.Module, units: Sequence[Structure], device: torch.device, sc
     return {**parts, "penalties": {"penalty": lambda progress: weight(progress) * schedule(progress) * penalty()}}
 
 
-def _l0(model: nn.Module, units: Sequence[Structure], device: torch.device, schedule: Schedule, config: MovementConfig) -> dict:
-    gates = [HardConcreteGate(each, device, init=config.first_score, seed=config.seed + i) for i, each in enumerate(units)]
+def _l0(
+    model: nn.Module, units: Sequence[Structure], device: torch.device, schedule: Schedule, config: MovementConfig
+) -> dict:
+    gates = [
+        HardConcreteGate(each, device, init=config.first_score, seed=config.seed + i) for i, each in enumerate(units)
+    ]
 
     def all_open(scores: Mapping[str, Tensor], share: float) -> Plan:
         return {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}
@@ -232,7 +244,9 @@ def _l0(model: nn.Module, units: Sequence[Structure], device: torch.device, sche
     return {**parts, "penalties": penalties, "projections": [draw_anew]}
 
 
-def _penalised(gates: Sequence[ScoreGate], units: Sequence[Structure], natural: Any, schedule: Schedule, config: MovementConfig) -> dict:
+def _penalised(
+    gates: Sequence[ScoreGate], units: Sequence[Structure], natural: Any, schedule: Schedule, config: MovementConfig
+) -> dict:
     """What soft and L0 share: with a goal, lambda by dual ascent and one exact selection at the end of the schedule."""
     parts = {
         "gates": gates,

@@ -99,14 +99,20 @@ class Distiller:
     @torch.no_grad()
     def _ask_teachers(self, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
-        asked = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions", "num_items_in_batch")}
+        asked = {
+            k: v
+            for k, v in inputs.items()
+            if k not in ("labels", "start_positions", "end_positions", "num_items_in_batch")
+        }
         answers = []
         for teacher in self.teachers:
             teacher.to(device).eval()
             answers.append(teacher(**{**asked, **self.config.student_flags, "return_dict": True}))
         return answers
 
-    def _logits_term(self, outputs: Mapping[str, Any], taught: Sequence[Mapping[str, Any]], valid: Tensor | None) -> Tensor:
+    def _logits_term(
+        self, outputs: Mapping[str, Any], taught: Sequence[Mapping[str, Any]], valid: Tensor | None
+    ) -> Tensor:
         names = [name for name in LOGITS if name in outputs]
         if not names:
             raise PruneError(f"distillation needs one of {LOGITS} in the model's output, got {list(outputs)}.")
@@ -126,9 +132,13 @@ class Distiller:
         ours, theirs = _states(outputs, "hidden_states"), _states(taught, "hidden_states")
         valid = _token_mask(inputs, ours[0])
         pairs = _layer_pairs(len(ours), len(theirs), self.config.layer_map, first=1)
-        return torch.stack([_mean((ours[s].float() - theirs[t].float()).square().mean(-1), valid) for s, t in pairs]).mean()
+        return torch.stack(
+            [_mean((ours[s].float() - theirs[t].float()).square().mean(-1), valid) for s, t in pairs]
+        ).mean()
 
-    def _attention_term(self, outputs: Mapping[str, Any], taught: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+    def _attention_term(
+        self, outputs: Mapping[str, Any], taught: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> Tensor:
         ours, theirs = _states(outputs, "attentions"), _states(taught, "attentions")
         pairs = _layer_pairs(len(ours), len(theirs), self.config.layer_map, first=0)
         terms = []
@@ -184,7 +194,9 @@ def _layer_pairs(ours: int, theirs: int, given: Sequence[tuple[int, int]], first
     pairs = given or [(i, (i + 1) * teacher_layers // layers - 1) for i in range(layers)]
     for s, t in pairs:
         if not (0 <= s < layers and 0 <= t < teacher_layers):
-            raise PruneError(f"layer_map pair {(s, t)} is outside {layers} student and {teacher_layers} teacher layers.")
+            raise PruneError(
+                f"layer_map pair {(s, t)} is outside {layers} student and {teacher_layers} teacher layers."
+            )
     return [(s + first, t + first) for s, t in pairs]
 
 

@@ -6,6 +6,7 @@ afterwards the model has its own parameters only, with removed units exactly zer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -94,7 +95,9 @@ class MaskGate:
     def __init__(self, structure: Structure, device: torch.device, **mask_arguments: Any) -> None:
         self.structure = structure
         self.name = structure.name
-        self.masks = {structure.tensors[0]: self.mask_type(structure, structure.tensors[0], None, device, **mask_arguments)}
+        self.masks = {
+            structure.tensors[0]: self.mask_type(structure, structure.tensors[0], None, device, **mask_arguments)
+        }
         for tensor in structure.tensors[1:]:
             self.masks[tensor] = self.mask_type(structure, tensor, self.owner, device, **mask_arguments)
 
@@ -135,6 +138,20 @@ class ScoreGate(MaskGate):
     def scores(self) -> Tensor:
         """The learned scores `(units,)`, without gradient."""
         return self.owner.scores.detach()
+
+
+def copy_with_gates(model: nn.Module) -> nn.Module:
+    """A deep copy whose gates can be folded alone.
+
+    torch keeps the parametrized attribute on a class made for the module, which a plain copy shares: folding the copy
+    would take the attribute away from the original.
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    return copied
 
 
 def refuse_parametrized(model: nn.Module, tensors: Iterable[str]) -> None:

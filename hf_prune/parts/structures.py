@@ -163,7 +163,9 @@ def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable
                 f"pattern {pattern!r} matches none of the model's {len(layers)} linear and conv layers"
                 f"{_example(layers)}; patterns are globs over whole module names, such as 'bert.encoder.*'."
             )
-    chosen = [n for n in layers if any(fnmatch.fnmatchcase(n, p) for p in include)] if include else _inner(model, layers)
+    chosen = (
+        [n for n in layers if any(fnmatch.fnmatchcase(n, p) for p in include)] if include else _inner(model, layers)
+    )
     chosen = [n for n in chosen if not any(fnmatch.fnmatchcase(n, p) for p in exclude)]
     if not chosen:
         raise PruneError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from hf_prune.checkpoint.encodings.memory import zeros_for
 from hf_prune.types import CheckpointError
 
 
@@ -15,15 +18,13 @@ class Gap8:
     decoding has no branch. Random zeros of 90 % hold such a run once in 10^11 values. Zeros at the end cost nothing.
     """
 
-    sides = ("gaps",)
+    sides: tuple[str, ...] = ("gaps",)
 
-    @staticmethod
-    def nbytes(kept: int, size: int, itemsize: int) -> int:
+    def nbytes(self, kept: int, size: int, itemsize: int) -> int:
         """Bytes for `kept` values of `itemsize` bytes among `size`. Long runs, seldom and cheap, are not counted."""
         return kept * (itemsize + 1)
 
-    @staticmethod
-    def pack(flat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def pack(self, flat: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`flat` (n,) of ints -> values (k,) and gaps (k,) of uint8."""
         positions = flat.nonzero().squeeze(1)
         zeros = positions.diff(prepend=positions.new_tensor([-1])) - 1
@@ -33,19 +34,19 @@ class Gap8:
         gaps = torch.full_like(rows, 255)
         ends = (fillers + 1).cumsum(0) - 1
         gaps[ends] = zeros % 256
-        return flat[(gaps + 1).cumsum(0) - 1], {"gaps": gaps.to(torch.uint8)}
+        return flat[(gaps + 1).cumsum(0) - 1], [gaps.to(torch.uint8)]
 
-    @staticmethod
-    def count(gaps: Tensor, size: int) -> int:
-        """How many values `gaps` places among `size`; `CheckpointError` where the last falls outside."""
+    def count(self, sides: Sequence[Tensor], size: int) -> int:
+        """How many values the gaps place among `size`; `CheckpointError` where the last falls outside."""
+        (gaps,) = sides
         end = int(gaps.sum(dtype=torch.int64)) + len(gaps)
         if end > size:
             raise CheckpointError(f"the gaps reach position {end}, but the tensor has {size} elements")
         return len(gaps)
 
-    @staticmethod
-    def unpack(values: Tensor, gaps: Tensor, size: int) -> Tensor:
+    def unpack(self, values: Tensor, sides: Sequence[Tensor], size: int) -> Tensor:
         """Values (k,) and gaps (k,) -> the flat tensor, shape (size,)."""
+        (gaps,) = sides
         # In int64 from the start: put_ takes no other index, and one in-place pass beats converting.
         positions = gaps.long().add_(1).cumsum_(0).sub_(1)
-        return values.new_zeros(size).put_(positions, values)
+        return zeros_for(values, size).put_(positions, values)

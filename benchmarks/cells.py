@@ -1,0 +1,80 @@
+"""Runs a benchmark's cells in parallel one-thread processes, each finished cell kept, so that a benchmark resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path(__file__).parent / "cache"
+
+Cell = dict[str, Any]
+
+
+def key(cell: Cell) -> str:
+    """The cell's settings as one line: the name under which its result is kept."""
+    return " ".join(f"{name}={cell[name]}" for name in sorted(cell))
+
+
+class Store:
+    """Results by cell in one JSON file, rewritten whole after each cell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return key(cell) in self.content["cells"]
+
+    def __getitem__(self, cell: Cell) -> dict[str, Any]:
+        return self.content["cells"][key(cell)]
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        self.content["cells"][key(cell)] = result
+        self.write()
+
+    def write(self, **summary: Any) -> None:
+        self.content.update(summary, command=" ".join(["python", *sys.argv]), environment=environment())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.content, indent=1) + "\n")
+        fresh.replace(self.path)
+
+
+def environment() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def run(cells: Sequence[Cell], function: Callable[[Cell], dict[str, Any]], store: Store, workers: int) -> None:
+    """Run every cell that `store` lacks, `workers` at a time; a failed cell stops the run, finished ones are kept."""
+    waiting = [cell for cell in cells if cell not in store]
+    if not waiting:
+        return
+    # Spawned processes read these before torch starts its threads.
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(
+        min(workers, len(waiting)), mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        running = {pool.submit(function, cell): cell for cell in waiting}
+        for done, future in enumerate(as_completed(running), 1):
+            cell = running[future]
+            store.add(cell, future.result())
+            print(f"[{done}/{len(waiting)}, {time.perf_counter() - begin:.0f} s] {key(cell)}", flush=True)
