@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -70,10 +71,11 @@ class Equations:
 
     @staticmethod
     def _join(a: Dim, b: Dim, otherwise: str) -> None:
-        if size(a) == size(b):
-            unify(a, b)
-        else:
+        """Keep two sizes equal. Products of the same factors are, in whatever order; else the dims become one."""
+        if size(a) != size(b):
             freeze(a + b, otherwise)
+        elif Counter(flat(a)) != Counter(flat(b)):
+            unify(a, b)
 
 
 def _ordered(factors: list[Dim], like: Dim) -> Dim:
