@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
-from torch.fx import Node
-
 from hf_prune.graph.dims import Axis, Dim, Shape, concatenate, flat, freeze, fresh, is_frozen, parts, size, take, unify
 from hf_prune.graph.traced_int import Attribute, Expression, Read, Term, TracedInt
 
@@ -18,9 +16,12 @@ NUMBER = "a number in code"
 
 @dataclass
 class Equations:
-    """Every attribute has a dim; an equation makes the dim of an expression and a dim of the graph one."""
+    """Every attribute has a dim; an equation makes the dim of an expression and a dim of the graph one.
 
-    shapes: Mapping[Node, Any]
+    shapes: node name -> what the node gave.
+    """
+
+    shapes: Mapping[str, Any]
     attributes: dict[Attribute, Dim] = field(default_factory=dict)
 
     def equate(self, number: int, dim: Dim, where: str) -> None:
