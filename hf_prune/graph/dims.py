@@ -144,8 +144,8 @@ def split(root: Axis, left: int) -> bool:
 
 def _split_pieces(root: Axis, pieces: list[Dim], right: int) -> bool:
     """Each piece is `(n, right)` with one shared `right`: heads of different streams, or equal parts as `(3, d)`."""
-    divided = [divide(piece, right) for piece in pieces]
-    if any(pair is None for pair in divided):
+    divided = [pair for piece in pieces if (pair := divide(piece, right)) is not None]
+    if len(divided) < len(pieces):
         return _give_up(root)
     shared = divided[0][1]
     for _, tail in divided[1:]:
@@ -251,7 +251,9 @@ def _cut_cat(lead: Axis, tail: Dim, at: int) -> tuple[Dim, Dim]:
 def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     """A view: forget the borders between `dims`, then cut the factor sequence anew into `sizes`."""
     rest: Dim = tuple(axis for dim in dims for axis in flat(dim))
-    sizes, head, tail = list(sizes), [], []
+    head: list[Dim] = []
+    tail: list[Dim] = []
+    sizes = list(sizes)
     while sizes and (taken := take(rest, sizes[0])) is not None:
         head.append(taken[0])
         rest = taken[1]
@@ -325,4 +327,5 @@ class Shape(tuple[Dim, ...]):
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Size of every dim."""
         return tuple(map(size, self))
