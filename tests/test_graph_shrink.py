@@ -96,9 +96,7 @@ def test_the_loader_replays_the_table(name) -> None:
 
 
 def test_parameters_keep_identity_and_ties() -> None:
-    config = BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
-    )
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
     model = BertForMaskedLM(config).eval()
     inputs = {"input_ids": torch.arange(14).view(2, 7)}
     before = dict(model.named_parameters())
@@ -119,9 +117,9 @@ def test_check_exactness(bert) -> None:
     assert check_exactness(model, inputs, even_plan([groups["bert.stream"]], 0.5)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["BigBirdForSequenceClassification", "FalconForSequenceClassification"])
+@pytest.mark.parametrize("name", ["BigBirdForSequenceClassification", "ImageGPTForImageClassification"])
 def test_weights_take_over_a_scale_that_follows_the_width(name) -> None:
-    """BigBird computes the scale from an attribute; Falcon leaves it to the attention, which reads the width."""
+    """BigBird computes the scale from an attribute; ImageGPT reads a shape, and its query is part of a fused weight."""
     model, inputs = build(name)
     graph = trace(model, inputs)
     groups = [group for group in graph.groups.values() if group.role == "head_width" and not group.normalised]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from hf_prune.graph.dims import Dim, flat
+from hf_prune.graph.axes import Dim, flat
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.rules.pointwise import pointwise

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hf_prune.graph.dims import Dim, Shape, freeze, fresh
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh
 from hf_prune.graph.equations import Equations
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.scales import Scale

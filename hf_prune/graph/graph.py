@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_prune.graph.dims import Axis, freeze
+from hf_prune.graph.axes import Axis, freeze
 from hf_prune.graph.example import example_inputs as default_inputs
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups

@@ -10,7 +10,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from hf_prune.graph.dims import Axis, Cat, Dim, flat, size
+from hf_prune.graph.axes import Axis, Cat, Dim, flat, size
 from hf_prune.graph.flow import Flow
 from hf_prune.types import Group, Member
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_prune.graph.dims import Axis, Cat, Dim, flat
+from hf_prune.graph.axes import Axis, Cat, Dim, flat
 
 Polynomial = Counter[tuple[int, ...]]
 """Sorted variable numbers, repeated for powers -> coefficient."""

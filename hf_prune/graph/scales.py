@@ -89,15 +89,22 @@ def _dependents(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[Expressi
     factors = {source: math.exp(log) for source, log in logs.items()}
     probe = record_on(model, tensors, inputs, trace.real, factors)
     found: dict[Expression, set[Node]] = {source: set() for source in logs}
-    pairs = zip(trace.graph.nodes, probe.graph.nodes, strict=False)
-    for old, new in pairs:
+    for old, new in zip(trace.graph.nodes, probe.graph.nodes, strict=False):
         changed = [(a, b) for a, b in zip(_floats(old), _floats(new), strict=False) if a != b]
         source = _explanation(changed, logs)
-        if old.target != new.target or (changed and source is None):
+        if old.target != new.target or (changed and source is None) or _held(old) != _held(new):
             return {source: set() for source in logs}
         if source is not None:
             found[source].add(old)
     return found
+
+
+def _held(node: Operation) -> list[float] | None:
+    """Values of a tensor that code made from numbers."""
+    if node.op != "get_attr":
+        return None
+    held: Tensor = getattr(node.graph.owning_module, node.target)
+    return held.flatten().tolist()
 
 
 def _floats(node: Operation) -> list[float]:

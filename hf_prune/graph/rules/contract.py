@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, freeze, fresh, mark, size, take, unify
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, mark, size
+from hf_prune.graph.dims import take, unify
 from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 SUMMED = "summed"

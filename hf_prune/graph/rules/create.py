@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Shape, fresh
+from hf_prune.graph.axes import Shape, fresh
 from hf_prune.graph.rules.pointwise import Rule
 
 

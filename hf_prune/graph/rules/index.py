@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, cut, divide, freeze, fresh, size, unify
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, cut, divide, unify
 from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 CHOSEN = "places chosen by data"

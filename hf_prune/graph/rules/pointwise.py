@@ -6,7 +6,8 @@ from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, flat, mark, unify
+from hf_prune.graph.axes import Dim, Shape, flat, mark
+from hf_prune.graph.dims import unify
 from hf_prune.graph.traced_int import TracedInt
 
 Rule = Callable[..., Any]

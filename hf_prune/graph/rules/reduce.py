@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, freeze, mark, normalise, take, unify
+from hf_prune.graph.axes import Dim, Shape, freeze, mark, normalise
+from hf_prune.graph.dims import take, unify
 from hf_prune.graph.rules.contract import SUMMED
 from hf_prune.graph.rules.pointwise import Rule, pointwise
 

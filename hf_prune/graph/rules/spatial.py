@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, divide, freeze, fresh, size
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, divide
 from hf_prune.graph.rules.pointwise import Rule
 from hf_prune.graph.traced_int import TracedInt
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, cut, freeze, fresh, regroup, size, unify
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, cut, regroup, unify
 from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 
