@@ -84,6 +84,16 @@ def test_unit_indices_of_heads_in_a_fused_dimension() -> None:
     assert unit_indices(width, 2).tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_meta_models_shrink_like_real_ones(bert) -> None:
+    model, inputs = bert
+    graph = trace(model, inputs)
+    plan = even_plan(graph.groups.values(), 0.4)
+    meta = copy.deepcopy(model).to("meta")
+    assert shrink(meta, trace(meta, inputs), plan) == shrink(model, graph, plan)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in meta.state_dict().items()} == wanted
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loader_replays_the_table(name) -> None:
     model, inputs = build(name)

@@ -23,8 +23,10 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
 
     A constant that cannot be folded, because its reader has no bias or pads with zeros, is lost with a warning.
     """
-    constants, tensors = Constants(model, graph), tensors_of(model)
-    lost = []
+    tensors = tensors_of(model)
+    if any(tensor.is_meta for tensor in tensors.values()):  # sizes only, nothing to move
+        return
+    constants, lost = Constants(model, graph), []
     for layer in constants.layers:
         values = constants.read_by(layer)
         if values is None:

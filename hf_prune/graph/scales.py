@@ -193,6 +193,7 @@ def _degree(node: Operation, degrees: Mapping[Node, int], scaled: bool) -> int |
     return None
 
 
+@torch.no_grad()
 def rescale(tensors: Mapping[str, Tensor], trace: Trace, ratios: Mapping[Scale, float]) -> None:
     """Multiply the rows of every scale by its ratio, old factor over new; each weight once."""
     once = {(scale.weight, scale.rows): (scale, ratio) for scale, ratio in ratios.items()}

@@ -36,16 +36,24 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     check_table(model, table)
     ratios = dry_run(model, graph, table)
     fold_constants(model, graph, kept)
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-    rescale(tensors, graph.flow.trace, ratios)
     tensors = tensors_of(model)
+    rescale(tensors, graph.flow.trace, ratios)
     for name, each in indices.items():
         tensors[name].data = select(tensors[name].data, each)
         tensors[name].grad = None
     rewrite(model, table.attributes)
     for name in {name.rpartition(".")[0] for name in indices}:
         sync_attributes(model.get_submodule(name))
+    _drop_caches(model)
     return table
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Begin to train, as a moment when modules drop what they made of their old weights; modes come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
 
 
 def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:

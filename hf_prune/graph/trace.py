@@ -126,7 +126,7 @@ def record_on(
         run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
     )
     with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
-        model.eval()
+        model.train().eval()  # modules that cache what they made of their weights drop it when training begins
         tag(model)
         graph = tracer(*example).graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
