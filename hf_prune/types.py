@@ -34,8 +34,11 @@ class CheckpointError(PruneError):
 
 @dataclass(frozen=True)
 class Member:
-    """One occurrence of a group: dimension `dim` of `tensor` is `(outer, group, inner)` in row-major order.
+    """One occurrence of a group: dimension `dim` of `tensor` holds `(outer, group, inner)` in row-major order.
 
+    The occurrence begins at index `start` and repeats every `pitch` indices, which differs from `units * inner` where
+    the dimension is a concatenation with other groups (fused query, key and value). `graph.unit_indices` lists the
+    indices of each unit. A group may occur several times in one dimension (both halves of a gated projection).
     `reads` is True where the tensor consumes the group (input columns) and False where it produces it (output rows,
     biases, norm parameters).
     """
@@ -45,12 +48,16 @@ class Member:
     outer: int = 1
     inner: int = 1
     reads: bool = False
+    start: int = 0
+    pitch: int | None = None
+    """None: the group fills the dimension, `units * inner`."""
 
 
 @dataclass(frozen=True)
 class Group:
     """One dimension of size `size` shared by several tensors; its units can only be removed together.
 
+    `role` is what the units are: "heads", "head_width", "channels", "stream" (a residual stream) or "neurons".
     `normalised` marks dimensions under LayerNorm-like statistics, where removing units also changes what stays.
     `frozen` is None, or the reason why the group must keep its size.
     """
@@ -60,6 +67,7 @@ class Group:
     members: tuple[Member, ...]
     normalised: bool = False
     frozen: str | None = None
+    role: str = "neurons"
 
 
 class Structure(Protocol):

@@ -39,9 +39,7 @@ def resize(model: nn.Module, table: ShapeTable) -> None:
             setattr(modules[owner], leaf, tensor)
             sync_attributes(modules[owner])
     # Attributes come last: they hold what the tensors do not say, such as the groups of a conv.
-    for name, attributes in table.attributes.items():
-        for attribute, value in attributes.items():
-            _write(modules[name], attribute, value)
+    rewrite(model, table.attributes)
 
 
 def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: Attributes | None = None) -> ShapeTable:
@@ -70,6 +68,13 @@ def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: Attr
 def _empty(old: Tensor, shape: tuple[int, ...]) -> Tensor:
     new = torch.empty(shape, dtype=old.dtype, device=old.device)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def rewrite(model: nn.Module, attributes: Attributes) -> None:
+    """Set attributes of modules; one named `config.x` goes into a copy of the config that the module alone owns."""
+    for name, values in attributes.items():
+        for attribute, value in values.items():
+            _write(model.get_submodule(name), attribute, value)
 
 
 def _write(module: nn.Module, attribute: str, value: Size) -> None:

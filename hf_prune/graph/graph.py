@@ -1,0 +1,67 @@
+"""The dimension groups of a model, and what any plan for them costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_prune.graph.dims import Axis
+from hf_prune.graph.flow import Flow
+from hf_prune.graph.groups import find_groups
+from hf_prune.graph.prices import Price, Prices
+from hf_prune.graph.trace import Inputs, record
+from hf_prune.types import Group, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Groups of one model as it was when traced; after `shrink` the model needs a new trace.
+
+    `groups` can be pruned, `frozen` cannot and say why. The other fields serve `shrink`.
+    """
+
+    groups: dict[str, Group]
+    frozen: dict[str, Group]
+    axes: dict[str, Axis]
+    flow: Flow
+    inputs: Inputs
+    element_bytes: dict[str, int]
+    """Parameter name -> bytes an element."""
+
+    def price(self, plan: Plan | None = None) -> Price:
+        """What the model costs once `plan` is carried out; groups that it does not name stay whole."""
+        kept = {name: int(keep.sum()) for name, keep in (plan or {}).items()}
+        sizes = torch.tensor([kept.get(name, group.size) for name, group in self.groups.items()])
+        return Price(*self.prices.at(sizes).tolist())
+
+    @cached_property
+    def prices(self) -> Prices:
+        """Prices as functions of the sizes of `groups`, in their order."""
+        tensors = [
+            (tuple(axis for dim in self.flow.tensors[name] for axis in dim), width)
+            for name, width in self.element_bytes.items()
+        ]
+        return Prices(list(self.axes.values()), self.flow.costs, tensors, _samples(self.inputs))
+
+
+def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
+    """Find the dimension groups of `model` from one run on `example_inputs`; the model stays as it is.
+
+    example_inputs: keyword tensors, or a tuple of positional ones. Their sizes should differ from each other and from
+    the model's own (batch 2, odd lengths). Works on frozen models and on models on the meta device.
+    """
+    flow = Flow(record(model, example_inputs))
+    parameters = dict(model.named_parameters())
+    free, frozen, axes = find_groups(flow, set(parameters))
+    return Graph(
+        free, frozen, axes, flow, example_inputs, {name: each.element_size() for name, each in parameters.items()}
+    )
+
+
+def _samples(inputs: Inputs) -> int:
+    """Batch size of the example."""
+    return next(leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))

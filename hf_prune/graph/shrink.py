@@ -1,0 +1,70 @@
+"""The only code that changes tensor sizes: selects the kept indices of every tensor and rewrites the sizes beside them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hf_prune.graph.fold import fold_constants
+from hf_prune.graph.graph import Graph
+from hf_prune.graph.kept import Kept, kept_indices, loses
+from hf_prune.graph.resize import rewrite
+from hf_prune.graph.sizes import Size, sync_attributes
+from hf_prune.graph.table import attribute_holder
+from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
+from hf_prune.types import Plan, ShapeTable
+
+
+def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
+    """Remove the units that `plan` drops from `model`, in place, and return what became narrow.
+
+    Parameters keep their identity (optimizers and ties still hold them); their gradients are dropped. Everything is
+    checked before the model is touched: a plan or model that does not fit raises `PruneError`, and so does one whose
+    shrunk form would not run.
+    """
+    check_plan(graph, plan)
+    check_model(model, graph)
+    kept = {graph.axes[name]: keep.nonzero().flatten().cpu() for name, keep in plan.items() if not keep.all()}
+    indices = {
+        name: [kept_indices(dim, kept) for dim in shape]
+        for name, shape in graph.flow.tensors.items()
+        if any(loses(dim, kept) for dim in shape)
+    }
+    shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
+    table = ShapeTable(shapes, _attributes(model, graph, kept))
+    check_table(model, table)
+    dry_run(model, graph, table)
+    fold_constants(model, graph, kept)
+    tensors = tensors_of(model)
+    for name, each in indices.items():
+        tensors[name].data = select(tensors[name].data, each)
+        tensors[name].grad = None
+    rewrite(model, table.attributes)
+    for name in {name.rpartition(".")[0] for name in indices}:
+        sync_attributes(model.get_submodule(name))
+    return table
+
+
+def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:
+    """The entries of `tensor` at the given indices of every dimension."""
+    for dim, each in enumerate(indices):
+        if len(each) != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, each.to(tensor.device))
+    return tensor
+
+
+def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, Size]]:
+    """New values of the attributes whose dims lose units."""
+    values: dict[str, dict[str, Size]] = {}
+    for attribute, dim in graph.flow.equations.attributes.items():
+        if not loses(dim, kept):
+            continue
+        count, own = len(kept_indices(dim, kept)), values.setdefault(attribute.module, {})
+        if attribute.index is None:
+            own[attribute.name] = count
+        else:
+            holder, name = attribute_holder(model.get_submodule(attribute.module), attribute.name)
+            items = list(own.get(attribute.name, getattr(holder, name)))
+            items[attribute.index] = count
+            own[attribute.name] = tuple(items)
+    return values

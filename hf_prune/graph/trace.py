@@ -1,0 +1,134 @@
+"""One run of a model on fake tensors, recorded as a graph of ATen operations with the source of every size.
+
+The graph is taken before dispatch (`linear`, `conv2d`, `scaled_dot_product_attention`, `view` stay whole). Fake tensors
+need neither memory nor gradients, so frozen, huge and meta-device models trace alike; a model whose control flow reads
+tensor values is run on its real tensors instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from hf_prune.graph.attributes import preserved, tag
+from hf_prune.graph.provenance import Arguments, Provenance
+from hf_prune.graph.traced_int import Uses, recording
+from hf_prune.types import PruneError
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+AUXILIARY = ("hidden_state", "attentions", "past_key_values", "loss")
+"""Fields of a model output that are no reason to keep a width, as long as another field holds the answer."""
+
+
+@dataclass
+class Trace:
+    """Operations of one run, in order. `arguments` replaces a node's ints by `TracedInt` where their source is known."""
+
+    graph: FxGraph
+    tensors: dict[Node, str]
+    arguments: dict[Node, Arguments]
+    uses: Uses
+    real: bool
+    """True where fake tensors were not enough and the model ran on its own tensors."""
+
+
+def record(model: nn.Module, inputs: Inputs) -> Trace:
+    """Trace `model` in evaluation mode; leaves its mode, attributes and tensors as they were."""
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    try:
+        with _quiet():
+            return record_on(model, tensors, inputs, real=False)
+    except Exception as error:
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise _failure(model, error, "on the meta device") from error
+    try:
+        return record_on(model, tensors, inputs, real=True)
+    except Exception as error:
+        raise _failure(model, error, "on its own tensors") from error
+
+
+def _failure(model: nn.Module, error: Exception, where: str) -> PruneError:
+    operation = next((word for word in str(error).split() if word.startswith("aten.")), "its forward")
+    return PruneError(
+        f"{type(model).__name__} could not be traced {where}: {operation} raised {type(error).__name__}: {error}. "
+        "Check that model(**example_inputs) runs, and pass inputs of the kind that the model is used with."
+    )
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """The tensors that `model` answers with when its parameters and buffers are `tensors`."""
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    if "use_cache" in signature(model.forward).parameters:
+        kwargs.setdefault("use_cache", False)
+    return answers(functional_call(model, dict(tensors), args, kwargs))
+
+
+def answers(output: Any) -> list[Tensor]:
+    """The tensors of a model output, without hidden states and caches where another field holds the answer."""
+    if isinstance(output, Mapping):
+        main = {key: value for key, value in output.items() if not any(word in key for word in AUXILIARY)}
+        return [tensor for value in (main or output).values() for tensor in answers(value)]
+    if isinstance(output, list | tuple):
+        return [tensor for value in output for tensor in answers(value)]
+    return [output] if isinstance(output, Tensor) else []
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    """A CPU tensor of the same layout; fake under a fake mode, whatever the device of `tensor`."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def record_on(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, real: bool) -> Trace:
+    """Trace `model` as if `tensors` were its own; `real` runs on their values instead of fakes."""
+    values, layout = pytree.tree_flatten(inputs)
+    given = [value for value in values if isinstance(value, Tensor)]
+    provenance = Provenance()
+
+    def run(own: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        supply = iter(given)
+        inputs = [next(supply) if isinstance(value, Tensor) else value for value in values]
+        with provenance:
+            return call(model, dict(zip(tensors, own, strict=True)), pytree.tree_unflatten(inputs, layout))
+
+    example = list(tensors.values()), given
+    if not real:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            example = pytree.tree_map(_fake_like, example)
+    mode = "real" if real else "fake"
+    tracer = make_fx(run, tracing_mode=mode, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    with torch.no_grad(), preserved(model), recording() as uses:
+        model.eval()
+        tag(model)
+        graph = tracer(*example).graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return Trace(graph, dict(zip(placeholders, tensors, strict=False)), provenance.arguments, uses, real)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Fake tensors log what they cannot do before raising it; the real run comes next, so nobody needs to know."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled

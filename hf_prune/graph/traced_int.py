@@ -1,0 +1,145 @@
+"""Integers that know where they come from, so that a size in the graph is an equation instead of a bare number.
+
+While a model is traced, its int attributes and the shapes that it reads are `TracedInt` objects: ordinary ints that carry an
+expression over attributes and shape reads. Arithmetic builds larger expressions; a use as a float (an attention scale)
+and a comparison (a guard) are recorded, because both break silently when the value changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Item `index` (None for a plain int) of attribute `name` of module `module`; `config.x` is the module's config."""
+
+    module: str
+    name: str
+    index: int | None
+    value: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Dimension `dim` of the tensor that `node` produced, as Python code read it."""
+
+    node: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """`left symbol right` for a symbol in `+ - * //`; ints are literals."""
+
+    symbol: str
+    left: Expression
+    right: Expression
+
+
+Expression = Attribute | Read | Term | int
+
+
+@dataclass
+class Uses:
+    """What code did with sizes besides passing them to operations."""
+
+    floats: set[Expression] = field(default_factory=set)
+    equal: set[tuple[Expression, Expression]] = field(default_factory=set)
+
+
+_uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Uses]:
+    """Collect float uses and comparisons of sizes made inside."""
+    uses = Uses()
+    token = _uses.set(uses)
+    try:
+        yield uses
+    finally:
+        _uses.reset(token)
+
+
+def expression(value: int) -> Expression:
+    """The expression of a `TracedInt`, or the number itself."""
+    return value.source if isinstance(value, TracedInt) else value
+
+
+class TracedInt(int):
+    """An int with the expression that it is the value of."""
+
+    source: Expression
+
+    def __new__(cls, value: int, source: Expression) -> TracedInt:
+        self = super().__new__(cls, value)
+        self.source = source
+        return self
+
+    __hash__ = int.__hash__
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return int, (int(self),)
+
+    def __eq__(self, other: object) -> bool:
+        result = int.__eq__(self, other)
+        uses = _uses.get()
+        if result is True and uses is not None:
+            uses.equal.add((self.source, expression(other)))
+        return result
+
+    def __ne__(self, other: object) -> bool:
+        result = self.__eq__(other)
+        return result if result is NotImplemented else not result
+
+    def _as_float(self) -> None:
+        if (uses := _uses.get()) is not None:
+            uses.floats.add(self.source)
+
+    def __float__(self) -> float:
+        self._as_float()
+        return int.__float__(self)
+
+
+def _arithmetic(symbol: str, name: str) -> None:
+    """Give `TracedInt` the operator `name`: between ints the result is an expression, otherwise a use in a formula."""
+    plain = getattr(int, f"__{name}__")
+
+    def forward(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            self._as_float()
+            return plain(self, other)
+        return TracedInt(plain(self, other), Term(symbol, self.source, expression(other)))
+
+    def reflected(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            self._as_float()
+            return NotImplemented
+        return TracedInt(plain(other, self), Term(symbol, expression(other), self.source))
+
+    setattr(TracedInt, f"__{name}__", forward)
+    setattr(TracedInt, f"__r{name}__", reflected)
+
+
+def _formula(name: str) -> None:
+    """Give `TracedInt` the operator `name`, whose result carries no expression: a use in a formula."""
+    plain = getattr(int, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        self._as_float()
+        return plain(self, *others)
+
+    setattr(TracedInt, name, method)
+
+
+for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv")):
+    _arithmetic(_symbol, _name)
+for _name in ("__truediv__", "__rtruediv__", "__pow__", "__rpow__"):
+    _formula(_name)

@@ -1,0 +1,133 @@
+"""Checks around shrinking: that plan and model fit before it, that the result runs, that it computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from difflib import get_close_matches
+from itertools import zip_longest
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
+
+from hf_prune.graph.attributes import preserved
+from hf_prune.graph.flow import FOLLOWED
+from hf_prune.graph.graph import Graph, trace
+from hf_prune.graph.groups import unit_indices
+from hf_prune.graph.resize import rewrite
+from hf_prune.graph.rules import name_of, view
+from hf_prune.graph.trace import Inputs, Trace, call, record_on, tensors_of
+from hf_prune.types import Plan, PruneError, ShapeTable
+
+LAYOUT = {*view.RULES, *FOLLOWED, "slice", "select", "getitem"}
+
+
+def check_plan(graph: Graph, plan: Plan) -> None:
+    """Raise unless every name, dtype and shape of `plan` fits a group and no group is emptied."""
+    for name, keep in plan.items():
+        group = graph.groups.get(name)
+        if group is None:
+            close = get_close_matches(name, graph.groups, n=3) or sorted(graph.groups)[:3]
+            why = f"it is frozen: {graph.frozen[name].frozen}" if name in graph.frozen else f"closest: {close}"
+            raise PruneError(f"the plan names group {name!r}, which cannot be pruned; {why}. See graph.groups.")
+        if keep.dtype != torch.bool or tuple(keep.shape) != (group.size,):
+            raise PruneError(
+                f"plan[{name!r}] must be a bool tensor of shape ({group.size},) with True for units that stay, got "
+                f"{keep.dtype} of shape {tuple(keep.shape)}."
+            )
+        if not keep.any():
+            raise PruneError(
+                f"group {name!r} has {group.size} units, the plan keeps 0. Every group must keep at least 1; lower the "
+                "sparsity or set min_keep."
+            )
+
+
+def check_model(model: nn.Module, graph: Graph) -> None:
+    """Raise unless `model` still has the tensors that `graph` was traced with and no hooks hang on its modules."""
+    tensors = tensors_of(model)
+    for name, shape in graph.flow.tensors.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape.sizes:
+            raise PruneError(
+                f"tensor {name!r} had shape {shape.sizes} when the graph was traced, now it has "
+                f"{found or 'gone'}. Trace the model again and make the plan from the new graph."
+            )
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not hook.__module__.startswith("transformers.") for hook in hooks):
+            raise PruneError(
+                f"module {path!r} has forward hooks, which may rely on the old sizes. Remove them before shrinking and "
+                "register them again afterwards."
+            )
+
+
+def check_table(model: nn.Module, table: ShapeTable) -> None:
+    """Raise where a tensor that is to be cut is computed by a parametrization."""
+    for path in dict.fromkeys(name.partition(".parametrizations.")[0] for name in table.shapes):
+        if is_parametrized(model.get_submodule(path.rpartition(".")[0])) or path not in table.shapes:
+            raise PruneError(
+                f"{path!r} has a parametrization, which would keep its old size. Fold it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
+            )
+
+
+def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> None:
+    """Raise unless `model` would run with the sizes of `table`, and compute the same; the model stays as it is."""
+    before = graph.flow.trace
+    make = torch.zeros if before.real else torch.empty
+    device = "cpu" if before.real else "meta"
+    tensors = {
+        name: make(table.shapes.get(name, tensor.shape), dtype=tensor.dtype, device=device)
+        for name, tensor in tensors_of(model).items()
+    }
+    try:
+        with preserved(model):
+            rewrite(model, table.attributes)
+            after = record_on(model, tensors, graph.inputs, before.real)
+    except Exception as error:
+        raise PruneError(
+            f"{type(model).__name__} would not run at the sizes of this plan: {type(error).__name__}: {error}. The model "
+            f"is unchanged. Leave out the groups of the module that failed; changed attributes: {dict(table.attributes)}."
+        ) from error
+    for old, new in zip_longest(_operations(before), _operations(after)):
+        if old != new:
+            raise PruneError(
+                f"{type(model).__name__} would compute something else at the sizes of this plan: {old} becomes {new}. "
+                "The model is unchanged. Leave out the groups of the module that does it."
+            )
+
+
+def _operations(trace: Trace) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Name and float constants of each operation that computes; how tensors are laid out may depend on sizes."""
+    for node in trace.graph.nodes:
+        if node.op == "call_function" and name_of(node.target) not in LAYOUT:
+            arguments = pytree.tree_leaves((node.args, dict(node.kwargs)))
+            yield name_of(node.target), tuple(value for value in arguments if isinstance(value, float))
+
+
+@torch.no_grad()
+def check_exactness(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
+    """Largest difference between `model` with the dropped units set to zero and `model` shrunk, on `inputs`.
+
+    Works on copies in evaluation mode. Groups marked `normalised` are not exact.
+    """
+    from hf_prune.graph.shrink import shrink  # shrink itself is checked by this module
+
+    masked, shrunk = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    graph = trace(shrunk, inputs)
+    mask(masked, graph, plan)
+    shrink(shrunk, graph, plan)
+    pairs = zip(call(masked, tensors_of(masked), inputs), call(shrunk, tensors_of(shrunk), inputs), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@torch.no_grad()
+def mask(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """Set every entry of a dropped unit to zero, where it is written and where it is read."""
+    tensors = tensors_of(model)
+    for name, keep in plan.items():
+        for member in graph.groups[name].members:
+            dropped = unit_indices(member, len(keep))[~keep.cpu()].flatten()
+            tensors[member.tensor].index_fill_(member.dim, dropped.to(tensors[member.tensor].device), 0)
