@@ -27,7 +27,7 @@ QUICK = {"rows": 512, "epochs": 1, "batch": 32}
 TRIALS: dict[str, list[dict[str, float]]] = {
     "magnitude": [{"lr": 1e-4}, {"lr": 2e-4}],
     "hard": [{"lr": 1e-4, "score_lr": 1e-2}, {"lr": 1e-4, "score_lr": 3e-2}],
-    "soft": [{"lr": 1e-4, "score_lr": 3e-2, "penalty": 400.0}, {"lr": 1e-4, "score_lr": 3e-2, "penalty": 40.0}],
+    "soft": [{"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 400.0}, {"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 40.0}],
 }
 DENSE = {"lr": 5e-5}
 
@@ -85,13 +85,11 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     if cell["method"] == "dense":
         trainer = Trainer(**common)
     else:
-        settings = {"penalty_weight": cell["penalty"]} if "penalty" in cell else {}
+        settings = {name: cell[name] for name in ("penalty_weight", "score_optimizer", "begin", "end") if name in cell}
         pruning = MovementConfig(
             variant=cell["method"],
             final_sparsity=cell["sparsity"],
             score_lr=cell.get("score_lr", 1e-2),
-            begin=0.05,
-            end=0.7,
             **settings,
         )
         trainer = PruneTrainer(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
@@ -20,6 +21,9 @@ from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import summarise
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
+if TYPE_CHECKING:
+    from hf_prune.graph import Graph
+
 
 class LazyGraph:
     """The dimension groups of a model, traced when a method first asks for them."""
@@ -28,14 +32,23 @@ class LazyGraph:
         self._model, self._example_inputs = model, example_inputs
 
     @cached_property
-    def traced(self) -> Any:
-        from hf_prune import graph
+    def traced(self) -> Graph:
+        from hf_prune.graph import trace
 
-        return graph.trace(self._model, self._example_inputs)
+        inputs = self._example_inputs or getattr(self._model, "dummy_inputs", None)
+        if inputs is None:
+            raise PruneError("this method looks at the model's graph; give Pruner example_inputs for one forward pass.")
+        return trace(self._model, inputs)
 
     @property
     def groups(self) -> Mapping[str, Group]:
+        """The groups that can be pruned."""
         return self.traced.groups
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Why each other group must keep its size."""
+        return {name: str(group.frozen) for name, group in self.traced.frozen.items()}
 
 
 class Pruner:
@@ -238,12 +251,11 @@ class Pruner:
             gate.fold(model)
         model.train(was_training)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
-        frozen = {name: g.frozen for name, g in self.graph.groups.items() if g.frozen} if groups else {}
-        report = summarise(recipe.structures, plan).report(self.config, self.method.PAPER, model, frozen)
+        report = summarise(recipe.structures, plan).report(
+            self.config, self.method.PAPER, model, self.graph.frozen if groups else {}
+        )
         if groups:
-            from hf_prune import graph
-
-            graph.shrink(model, self.graph.traced, groups)
+            _shrink(model, self.graph, groups)
         return model, report
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,6 +292,16 @@ class Pruner:
             state = "finalized" if self.report is not None else "not attached yet"
             raise PruneError(f"this Pruner is {state}; call attach() first, and finalize() last.")
         return self.recipe
+
+
+def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
+    """Remove the units that `plan` drops, and note it in the config, so that any save of the model can be loaded."""
+    from hf_prune.checkpoint import mark
+    from hf_prune.graph import shrink
+
+    table = shrink(model, graph.traced, plan)
+    if isinstance(model, PreTrainedModel):
+        mark(model, table)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -50,6 +50,7 @@ NEEDS_TRAINING = True
 GOALS = ("final_sparsity",)
 
 VARIANTS = ("hard", "soft", "l0", "magnitude")
+SCORE_OPTIMIZERS = ("inner", "sgd")
 STRUCTURES = ("element", "block", "row", "column", "neuron", "hybrid")
 
 LEFT, RIGHT, BETA = -0.1, 1.1, 2 / 3  # stretch interval and temperature of the hard concrete, section 5
@@ -70,6 +71,7 @@ class MovementConfig(PruneConfig):
     variant: str = "hard"  # "hard" (top-k), "soft" (threshold and penalty), "l0" (hard concrete), "magnitude"
     block_shape: tuple[int, int] = (32, 32)  # rows, columns of a unit for structure "block" and "hybrid"
     score_lr: float = 1e-2  # learning rate of the scores at the peak of the schedule (L0 in the paper: 1e-1)
+    score_optimizer: str = "inner"  # "inner": the weights' own optimizer, as in the paper's runs; "sgd": as in its eq. 4
     score_init: float | None = None  # first score; None: 0, and 2.197 for L0
     threshold: float = 0.1  # soft: a unit stays while sigmoid(score) exceeds this at the end
     penalty_weight: float | None = None  # soft and L0: lambda; None: the paper's 400 and 125
@@ -80,6 +82,7 @@ class MovementConfig(PruneConfig):
         super().__post_init__()
         require_choice("variant", self.variant, VARIANTS)
         require_choice("structure", self.structure, STRUCTURES)
+        require_choice("score_optimizer", self.score_optimizer, SCORE_OPTIMIZERS)
         require_range("threshold", self.threshold, 0.0, 1.0, closed_left=False, closed_right=False)
         if self.score_lr <= 0:
             raise ValueError(f"score_lr must be > 0, got {self.score_lr}: with it the scores would never change.")
@@ -187,7 +190,7 @@ def _hard(
         "gates": gates,
         "scores": lambda: {gate.name: gate.scores() for gate in gates},
         "selection": top_k(units, _goal(config), scope=config.scope, min_keep=config.min_keep),
-        "optimizers": _score_group(config),
+        "optimizers": _score_optimizer(config),
     }
 
 
@@ -251,7 +254,7 @@ def _penalised(
     parts = {
         "gates": gates,
         "scores": lambda: {gate.name: gate.scores() for gate in gates},
-        "optimizers": _score_group(config),
+        "optimizers": _score_optimizer(config),
         "selection": natural,
         "weight": lambda progress: config.first_penalty,
     }
@@ -272,7 +275,9 @@ def _goal(config: MovementConfig) -> Goal:
     return config.goal
 
 
-def _score_group(config: MovementConfig) -> dict[str, dict[str, float]]:
+def _score_optimizer(config: MovementConfig) -> dict[str, Any]:
+    if config.score_optimizer == "sgd":
+        return {"scores": lambda scores: torch.optim.SGD(scores, lr=config.score_lr)}
     return {"scores": {"lr": config.score_lr, "weight_decay": 0.0}}
 
 
@@ -290,6 +295,7 @@ TINY = {
     "hard_column": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="column"),
     "hard_neuron": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="neuron"),
     "hard_hybrid": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="hybrid", block_shape=(4, 4)),
+    "hard_sgd": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, score_optimizer="sgd"),
     "soft": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="soft"),
     "l0": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="l0", score_lr=0.1),
     "magnitude": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="magnitude"),
