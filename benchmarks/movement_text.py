@@ -27,7 +27,10 @@ QUICK = {"rows": 512, "epochs": 1, "batch": 32}
 TRIALS: dict[str, list[dict[str, float]]] = {
     "magnitude": [{"lr": 1e-4}, {"lr": 2e-4}],
     "hard": [{"lr": 1e-4, "score_lr": 1e-2}, {"lr": 1e-4, "score_lr": 3e-2}],
-    "soft": [{"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 400.0}, {"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 40.0}],
+    "soft": [
+        {"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 400.0},
+        {"lr": 1e-4, "score_lr": 3e-2, "penalty_weight": 40.0},
+    ],
 }
 DENSE = {"lr": 5e-5}
 

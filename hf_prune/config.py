@@ -37,10 +37,8 @@ class PruneConfig:
     target_latency: float | None = None  # fraction of the dense latency kept, measured on this machine, in (0, 1]
     target_bytes: float | None = None  # fraction of the dense file size kept, in (0, 1]
     max_metric_drop: float | None = None  # most that the evaluation metric may lose, in the metric's own unit
-    include: tuple[
-        str, ...
-    ] = ()  # globs of module names to prune; empty: linear and conv layers of the repeated blocks
-    exclude: tuple[str, ...] = ()  # globs of module names that stay as they are
+    include: tuple[str, ...] = ()  # globs of modules to prune; empty: linear and conv layers of the repeated blocks
+    exclude: tuple[str, ...] = ()  # globs of modules that stay as they are
     structure: str = "element"  # how a weight divides into units
     scope: str = "global"  # "global": one ranking over all weights; "per_group": the same fraction of each
     begin: float = 0.0  # share of the optimizer steps after which pruning starts, in [0, 1)
@@ -90,6 +88,7 @@ class PruneConfig:
         return {"method": self.method, **fields}
 
     def to_json(self) -> str:
+        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
@@ -107,10 +106,12 @@ class PruneConfig:
         for key in values:
             if key not in known:
                 raise ValueError(f"{cls.__name__} has no field {key!r}{closest(key, known)}.")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`; raises like `from_dict`."""
         return cls.from_dict(json.loads(text))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from hf_prune.config import PruneConfig
-from hf_prune.parts.selection import unit_size
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.types import Paper, Plan, Report, Structure
 
@@ -48,7 +47,7 @@ def summarise(structures: Sequence[Structure], plan: Plan) -> Summary:
     """Count what `plan` keeps of each structure."""
     layers, prunable, kept = {}, 0, 0
     for structure in structures:
-        alive, size = int(plan[structure.name].sum()), unit_size(structure)
+        alive, size = int(plan[structure.name].sum()), structure.unit_size
         layers[structure.name] = {
             "structure": type(structure).__name__,
             "units": structure.units,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +29,25 @@ class Elements:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
 
     @property
     def units(self) -> int:
+        """One for each weight."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def unit_size(self) -> int:
+        """One weight."""
+        return 1
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(weights, 1)`, row-major."""
         return weight.reshape(-1, 1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """The same values in the weight's shape."""
         return keep.view(self.shape)
 
 
@@ -67,18 +77,27 @@ class Blocks:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
 
     @property
     def units(self) -> int:
+        """One for each block, row-major."""
         return self._grid[0] * self._grid[1]
 
+    @property
+    def unit_size(self) -> int:
+        """Weights in a block."""
+        return self.block[0] * self.block[1]
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(blocks, rows * columns)`."""
         (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
         tiles = weight.reshape(grid_rows, rows, grid_columns, columns)
         return tiles.permute(0, 2, 1, 3).reshape(self.units, rows * columns)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value over its block."""
         (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
         tiles = keep.view(grid_rows, 1, grid_columns, 1).expand(grid_rows, rows, grid_columns, columns)
         return tiles.reshape(self.shape)
@@ -94,16 +113,25 @@ class Slices:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
 
     @property
     def units(self) -> int:
+        """The size of dimension `dim`."""
         return self.shape[self.dim]
 
+    @property
+    def unit_size(self) -> int:
+        """Weights in a slice."""
+        return torch.Size(self.shape).numel() // self.units
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(slices, everything else)`."""
         return weight.movedim(self.dim, 0).reshape(self.units, -1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value over its slice."""
         return keep.view([-1 if d == self.dim else 1 for d in range(len(self.shape))]).expand(self.shape)
 
 
@@ -116,20 +144,30 @@ class GroupUnits:
 
     @property
     def name(self) -> str:
+        """The group's."""
         return self.group.name
 
     @property
     def units(self) -> int:
+        """The group's size."""
         return self.group.size
 
     @property
+    def unit_size(self) -> int:
+        """Weights of a unit over all members, without biases and norm parameters."""
+        return sum(torch.Size(shape).numel() for _, shape in self.shapes if len(shape) > 1) // self.units
+
+    @property
     def tensors(self) -> tuple[str, ...]:
+        """Every parameter that the group occurs in."""
         return tuple(name for name, _ in self.shapes)
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """What each unit has in `tensor`, its occurrences side by side."""
         return torch.cat([self._member_view(weight, member) for member in self._members(tensor)], dim=1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value wherever its unit occurs; an entry that belongs to two units stays while both do."""
         shape = dict(self.shapes)[tensor]
         masks = [self._member_mask(keep, member, shape) for member in self._members(tensor)]
         return masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
@@ -155,7 +193,7 @@ def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable
     Raises:
         PruneError: nothing matched, a glob that matches no layer, or a weight shared by two modules.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    layers: dict[str, nn.Module] = {n: module for n, module in model.named_modules() if isinstance(module, PRUNABLE)}
     include, exclude = tuple(include), tuple(exclude)
     for pattern in (*include, *exclude):
         if not fnmatch.filter(layers, pattern):
@@ -169,17 +207,19 @@ def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable
     chosen = [n for n in chosen if not any(fnmatch.fnmatchcase(n, p) for p in exclude)]
     if not chosen:
         raise PruneError(
-            f"no layer of {type(model).__name__} is left to prune (include={include}, exclude={exclude}){_example(layers)}."
+            f"no layer of {type(model).__name__} is left to prune (include={include}, exclude={exclude})"
+            f"{_example(layers)}."
         )
     _refuse_shared(model, {f"{n}.weight": layers[n] for n in chosen})
     return {f"{name}.weight": layers[name] for name in chosen}
 
 
-def _example(layers: dict[str, nn.Module]) -> str:
-    return f", for example {next(iter(layers))!r}" if layers else ""
+def _example(layers: Iterable[str]) -> str:
+    first = next(iter(layers), None)
+    return f", for example {first!r}" if first is not None else ""
 
 
-def _inner(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+def _inner(model: nn.Module, layers: Iterable[str]) -> list[str]:
     repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     inner = [name for name in layers if name.startswith(repeated)] if repeated else []
     return inner or list(layers)[:-1]
@@ -203,20 +243,28 @@ def output_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, Conv1D) else 0
 
 
-def element_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Elements(name, tuple(module.weight.shape)) for name, module in weights.items()]
+def element_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every weight of each layer is a unit."""
+    return [Elements(name, _weight_shape(module)) for name, module in weights.items()]
 
 
-def block_structures(weights: dict[str, nn.Module], block: tuple[int, int]) -> list[Structure]:
-    return [Blocks(name, tuple(module.weight.shape), block) for name, module in weights.items()]
+def block_structures(weights: Mapping[str, nn.Module], block: tuple[int, int]) -> list[Structure]:
+    """Every block of `block` = (rows, columns) of each layer is a unit."""
+    return [Blocks(name, _weight_shape(module), block) for name, module in weights.items()]
 
 
-def row_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Slices(name, tuple(m.weight.shape), output_dim(m)) for name, m in weights.items()]
+def row_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every output of each layer is a unit: its weights, without its bias."""
+    return [Slices(name, _weight_shape(module), output_dim(module)) for name, module in weights.items()]
 
 
-def column_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Slices(name, tuple(m.weight.shape), 1 - output_dim(m)) for name, m in weights.items()]
+def column_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every input of each layer is a unit."""
+    return [Slices(name, _weight_shape(module), 1 - output_dim(module)) for name, module in weights.items()]
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    return tuple(cast(Tensor, module.weight).shape)
 
 
 def neuron_structures(
