@@ -9,12 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_prune.graph import unit_indices
 from hf_prune.types import Group, Member, PruneError, Structure
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -152,10 +154,12 @@ class GroupUnits:
         """The group's size."""
         return self.group.size
 
-    @property
+    @cached_property
     def unit_size(self) -> int:
-        """Weights of a unit over all members, without biases and norm parameters."""
-        return sum(torch.Size(shape).numel() for _, shape in self.shapes if len(shape) > 1) // self.units
+        """An equal share of the weights that belong to units, over all members, without biases and norm parameters."""
+        none = torch.zeros(self.units, dtype=torch.bool)
+        weights = [self.expand(none, name) for name, shape in self.shapes if len(shape) > 1]
+        return sum(mask.numel() - int(mask.count_nonzero()) for mask in weights) // self.units
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -170,17 +174,30 @@ class GroupUnits:
         """Each value wherever its unit occurs; an entry that belongs to two units stays while both do."""
         shape = dict(self.shapes)[tensor]
         masks = [self._member_mask(keep, member, shape) for member in self._members(tensor)]
-        return masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+        return reduce(torch.mul, masks)
+
+    def _fills(self, member: Member, size: int) -> bool:
+        """Whether the group has the dimension of that size to itself, so that reshaping it is enough."""
+        return member.outer * self.units * member.inner == size
 
     def _members(self, tensor: str) -> list[Member]:
         return [member for member in self.group.members if member.tensor == tensor]
 
     def _member_view(self, weight: Tensor, member: Member) -> Tensor:
-        split = weight.movedim(member.dim, 0).reshape(member.outer, self.units, member.inner, -1)
-        return split.movedim(1, 0).reshape(self.units, -1)
+        along = weight.movedim(member.dim, 0)
+        if self._fills(member, len(along)):
+            own = along.reshape(member.outer, self.units, member.inner, -1).movedim(1, 0)
+        else:
+            own = along[unit_indices(member, self.units)]
+        return own.reshape(self.units, -1)
 
     def _member_mask(self, keep: Tensor, member: Member, shape: tuple[int, ...]) -> Tensor:
-        along = keep.view(1, -1, 1).expand(member.outer, self.units, member.inner).reshape(-1)
+        if self._fills(member, shape[member.dim]):
+            along = keep.view(1, -1, 1).expand(member.outer, self.units, member.inner).reshape(-1)
+        else:
+            indices = unit_indices(member, self.units).to(keep.device)
+            own = keep[:, None].expand_as(indices).flatten()
+            along = keep.new_ones(shape[member.dim]).index_copy(0, indices.flatten(), own)
         return along.view([-1 if d == member.dim else 1 for d in range(len(shape))]).expand(shape)
 
 
@@ -275,20 +292,23 @@ def neuron_structures(
     Raises:
         PruneError: the model has no such width.
     """
-    found = [group for group in groups.values() if group.frozen is None and _is_hidden_width(group, weights)]
+    bound = [group_structure(group, model) for group in groups.values() if group.frozen is None]
+    found: list[Structure] = [structure for structure in bound if _is_hidden_width(structure, weights)]
     if not found:
         raise PruneError(
             f"no FFN width was found between the {len(weights)} chosen layers of {type(model).__name__}; "
             "structure 'neuron' needs pairs of layers of which the second reads the first through pointwise operations."
         )
-    return [group_structure(group, model) for group in found]
+    return found
 
 
-def _is_hidden_width(group: Group, weights: Mapping[str, nn.Module]) -> bool:
-    """Rows of one chosen layer and columns of another, whole dimensions, under no statistics."""
-    inside = [member for member in group.members if member.tensor in weights]
-    whole = all(member.outer == member.inner == 1 for member in group.members)
-    return whole and not group.normalised and {member.reads for member in inside} == {True, False}
+def _is_hidden_width(structure: GroupUnits, weights: Mapping[str, nn.Module]) -> bool:
+    """Rows of chosen layers and columns of chosen layers and of no others, one each a unit, under no statistics."""
+    matrices = {name for name, shape in structure.shapes if len(shape) > 1}
+    members = structure.group.members
+    single = all(member.outer == member.inner == 1 for member in members)
+    both_sides = {member.reads for member in members if member.tensor in matrices} == {True, False}
+    return single and both_sides and not structure.group.normalised and matrices <= weights.keys()
 
 
 def group_structure(group: Group, model: nn.Module) -> GroupUnits:
