@@ -86,10 +86,12 @@ class MovementConfig(PruneConfig):
         require_choice("structure", self.structure, STRUCTURES)
         require_choice("score_optimizer", self.score_optimizer, SCORE_OPTIMIZERS)
         require_range("threshold", self.threshold, 0.0, 1.0, closed_left=False, closed_right=False)
-        if self.score_lr <= 0:
-            raise ValueError(f"score_lr must be > 0, got {self.score_lr}: with it the scores would never change.")
-        if min(self.block_shape) < 1 or len(self.block_shape) != 2:
-            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape}.")
+        require_range("score_lr", self.score_lr, 0.0, math.inf, closed_left=False, closed_right=False)
+        require_range("score_init", self.first_score, -math.inf, math.inf, closed_left=False, closed_right=False)
+        require_range("penalty_weight", self.first_penalty, 0.0, math.inf, closed_right=False)
+        require_range("penalty_gain", self.penalty_gain, 0.0, math.inf, closed_right=False)
+        if not _is_block(self.block_shape):
+            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape!r}.")
         if self.variant in PAPER_PENALTY and self.first_penalty <= 0:
             raise ValueError(
                 f"penalty_weight must be > 0 for variant {self.variant!r}, got {self.penalty_weight}: "
@@ -111,6 +113,10 @@ class MovementConfig(PruneConfig):
     def first_score(self) -> float:
         """Every score where the run starts."""
         return PAPER_SCORE.get(self.variant, 0.0) if self.score_init is None else self.score_init
+
+
+def _is_block(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)
 
 
 Config = MovementConfig
