@@ -76,6 +76,7 @@ class Structure(Protocol):
     name: str
     units: int
     tensors: tuple[str, ...]
+    producers: tuple[str, ...]
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         """`weight` regrouped as `(units, elems)`; `tensor` says which of `self.tensors` it is."""

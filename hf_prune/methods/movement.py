@@ -30,7 +30,7 @@ from hf_prune.parts import schedules, structures
 from hf_prune.parts.controllers import DualAscent
 from hf_prune.parts.gates import MaskGate, ScoreGate, ScoreMask
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.scores import magnitude
+from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import keep_highest, top_k
 from hf_prune.types import Paper, Plan, Schedule, Structure
 
@@ -199,7 +199,7 @@ def _magnitude(
 ) -> dict:
     return {
         "gates": [MaskGate(each, device) for each in units],
-        "scores": magnitude(model, units),
+        "scores": unit_norms(model, units, order=1),
         "selection": top_k(units, _goal(config), scope=config.scope, min_keep=config.min_keep),
     }
 

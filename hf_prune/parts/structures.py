@@ -30,6 +30,8 @@ class Elements:
     def tensors(self) -> tuple[str, ...]:
         return (self.name,)
 
+    producers = tensors
+
     @property
     def units(self) -> int:
         return torch.Size(self.shape).numel()
@@ -69,6 +71,8 @@ class Blocks:
     def tensors(self) -> tuple[str, ...]:
         return (self.name,)
 
+    producers = tensors
+
     @property
     def units(self) -> int:
         return self._grid[0] * self._grid[1]
@@ -95,6 +99,8 @@ class Slices:
     @property
     def tensors(self) -> tuple[str, ...]:
         return (self.name,)
+
+    producers = tensors
 
     @property
     def units(self) -> int:
@@ -125,6 +131,12 @@ class GroupUnits:
     @property
     def tensors(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.shapes)
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Tensors whose rows, filters or heads the units are; the others read them."""
+        written = {member.tensor for member in self.group.members if not member.reads}
+        return tuple(name for name in self.tensors if name in written)
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         return torch.cat([self._member_view(weight, member) for member in self._members(tensor)], dim=1)
