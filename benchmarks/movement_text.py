@@ -5,23 +5,39 @@
     python benchmarks/movement_text.py --table    # only print what is there
 
 Student: all-MiniLM-L6-v2 with a new head, encoder linears pruned (10.6M of 22.7M weights), embeddings frozen. Teacher:
-the dense model of seed 0, fine-tuned on the same rows. Each method gets the same number of settings, chosen on the
-validation rows at 90 % with seed 0; test rows are scored once, with the chosen setting, over three seeds.
+the dense model of seed 0, fine-tuned on the same rows; its answers to the training rows are computed once. Each method
+gets the same number of settings, chosen on the validation rows at 90 % with seed 0; test rows are scored once, with the
+chosen setting, over three seeds. At 80 % only movement runs, against dense.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cells import CACHE, RESULTS, Cell, Store, run
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_prune import DistillConfig, MovementConfig, PruneTrainer
+from hf_prune.demo_data import load_movie_sentiment, minilm_path
 
 METHODS = ("magnitude", "hard", "soft")
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.8, 0.9, 0.97)
-FULL = {"rows": 8160, "epochs": 3, "batch": 32}
+FULL = {"rows": 8160, "epochs": 2, "batch": 32}
 QUICK = {"rows": 512, "epochs": 1, "batch": 32}
 # Learning rate of the weights, of the scores, and lambda: the trials of each method.
 TRIALS: dict[str, list[dict[str, float]]] = {
@@ -34,22 +50,6 @@ DENSE = {"lr": 5e-5}
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """Train one model; returns per-row correctness on validation and test, the seconds, and the sparsity reached."""
-    import time
-
-    import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
-    from transformers.utils import logging
-
-    from hf_prune import DistillConfig, MovementConfig, PruneTrainer
-    from hf_prune.demo_data import load_movie_sentiment, minilm_path
-
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
@@ -95,7 +95,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         trainer = PruneTrainer(
             **common,
             pruning=pruning,
-            teacher=_teacher_folder(cell),
+            teacher=Remembering(_teacher_folder(cell)),
             distillation=DistillConfig(temperature=2.0, alpha=0.9),
         )
     begin = time.perf_counter()
@@ -103,12 +103,29 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     if cell["method"] == "dense":
         trainer.save_model(_teacher_folder(cell))
+        if cell["seed"] == 0:
+            answers = trainer.predict(data["train"]).predictions
+            table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers.tolist(), strict=True)}
+            torch.save(table, Path(_teacher_folder(cell)) / "answers.pt")
     correct = {}
     for split in ("validation", "test"):
         answer = trainer.predict(data[split])
         correct[split] = "".join(str(int(hit)) for hit in answer.predictions.argmax(-1) == answer.label_ids)
     reached = trainer.report.sparsity if cell["method"] != "dense" else 0.0
     return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached, "log": trainer.state.log_history}
+
+
+class Remembering(torch.nn.Module):
+    """A teacher that looks its answers up by the row's tokens instead of computing them again in every cell."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.config = AutoConfig.from_pretrained(folder)
+        self.answers = torch.load(Path(folder) / "answers.pt", weights_only=True)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        return {"logits": torch.tensor([self.answers[row] for row in rows])}
 
 
 def _folder(cell: Cell) -> Path:
@@ -233,8 +250,8 @@ def main() -> None:
         trials = [pruned_cell(m, 0.9, 0, trial, size) for m in METHODS for trial in TRIALS[m]]
         run(trials, train_cell, store, options.workers)
         settings = {method: chosen_setting(store, method, size) for method in METHODS}
-        for sparsity in (0.9, 0.97, 0.8):
-            cells = [pruned_cell(m, sparsity, seed, settings[m], size) for seed in seeds for m in METHODS]
+        for sparsity, methods in ((0.9, METHODS), (0.97, METHODS), (0.8, METHODS[1:])):
+            cells = [pruned_cell(m, sparsity, seed, settings[m], size) for seed in seeds for m in methods]
             run(cells, train_cell, store, options.workers)
     summary = summarise(store, seeds, size)
     store.write(summary=summary)

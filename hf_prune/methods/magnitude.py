@@ -24,6 +24,7 @@ from hf_prune.config import PruneConfig, require_choice
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.budgets import fit_price, normalised
 from hf_prune.parts.gates import MaskGate
+from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import top_k
@@ -122,15 +123,15 @@ def _named(group: Group, include: tuple[str, ...], exclude: tuple[str, ...]) -> 
 
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:
     if config.score == "random":
-        return lambda: {each.name: _permutation(each, i, config.seed) for i, each in enumerate(units)}
+        return lambda: {each.name: _permutation(each, config.seed) for each in units}
     norms = unit_norms(model, units, order={"l1": 1, "l2": 2}[config.score])
     return (lambda: normalised(norms())) if config.structure == "group" else norms
 
 
-def _permutation(structure: Structure, place: int, seed: int) -> Tensor:
-    """Ranks of a shuffle that depends on the seed and the group's place alone, in (0, 1] whatever the group's size."""
-    generator = torch.Generator().manual_seed((seed << 32) + place)
-    return (torch.randperm(structure.units, generator=generator) + 1) / structure.units
+def _permutation(structure: Structure, seed: int) -> Tensor:
+    """Ranks of a shuffle that depends on the seed and the name alone, in (0, 1] whatever the number of units."""
+    order = torch.randperm(structure.units, generator=generator(seed, structure.name))
+    return (order + 1) / structure.units
 
 
 TINY = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_prune.config import Goal
 from hf_prune.graph import Graph
-from hf_prune.parts.selection import Selection, count_kept, keep_highest
+from hf_prune.parts.selection import Selection, keep_highest
 from hf_prune.types import Plan, PruneError, Structure
 
 PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
@@ -28,7 +28,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     """
     price, floors = PRICES[goal.name], {s.name: max(1, int(min_keep * s.units)) for s in structures}
     dense = price(graph, None)
-    ranked = _keep_fraction if scope == "per_group" else _keep_globally
+    ranked = _keep_evenly if scope == "per_group" else _keep_globally
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         allowed, total = goal.kept(share) * dense, sum(len(s) for s in scores.values())
@@ -55,10 +55,16 @@ def _keep_globally(scores: Mapping[str, Tensor], count: int, floors: Mapping[str
     return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
 
 
-def _keep_fraction(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
-    """`count` of all units, spread over the groups in proportion to their sizes."""
-    kept = count / sum(len(score) for score in scores.values())
-    return {n: keep_highest([s], max(floors[n], count_kept(kept, len(s))))[0] for n, s in scores.items()}
+def _keep_evenly(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """The same share of each group: of all groups' units, ordered by their rank within the group, the first `count`."""
+    return _keep_globally({name: _rank(score) for name, score in scores.items()}, count, floors)
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Middle of the unit's place from the bottom, as a share of the group, in (0, 1)."""
+    places = torch.empty_like(score)
+    places[score.sort(descending=True, stable=True).indices] = torch.arange(len(score), 0, -1).to(score) - 0.5
+    return places / len(score)
 
 
 def normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
