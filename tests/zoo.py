@@ -308,7 +308,10 @@ ZOO: dict[str, Entry] = {
         },
     ),
     "ModernBertForSequenceClassification": text(
-        "ModernBertConfig", TEXT | {"cls_token_id": 1, "sep_token_id": 2}, slow=False
+        "ModernBertConfig",
+        TEXT | {"cls_token_id": 1, "sep_token_id": 2},
+        exact_dtype=torch.float32,
+        slow=False,
     ),
     "MPNetForSequenceClassification": text("MPNetConfig"),
     "MraForSequenceClassification": text("MraConfig", length=16, exact_dtype=torch.float32),
