@@ -49,9 +49,8 @@ class StepClock(TrainerCallback):
 
 
 def model_and_rows(quick: bool) -> tuple[torch.nn.Module, Dataset]:
-    model = (
-        tiny_text_model() if quick else AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=3)
-    )
+    pretrained = AutoModelForSequenceClassification.from_pretrained
+    model = tiny_text_model() if quick else pretrained(minilm_path(), num_labels=3)
     for name, parameter in model.named_parameters():
         if "_embeddings." in name:
             parameter.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class LazyGraph:
 
     @cached_property
     def traced(self) -> Graph:
+        """The graph itself."""
         from hf_prune.graph import trace
 
         inputs = self._example_inputs or getattr(self._model, "dummy_inputs", None)
@@ -70,7 +72,7 @@ class Pruner:
         config: PruneConfig,
         example_inputs: Mapping[str, Tensor] | None = None,
         *,
-        teacher: nn.Module | str | None = None,
+        teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
     ) -> None:
@@ -93,6 +95,7 @@ class Pruner:
 
     @property
     def attached(self) -> bool:
+        """Whether the gates are in the model: between `attach` and `finalize`."""
         return self.recipe is not None
 
     def attach(self) -> None:
@@ -103,7 +106,7 @@ class Pruner:
         """
         if self.attached or self.report is not None:
             raise PruneError("this Pruner was attached before; make a new one for another run.")
-        if self.distillation is not None:
+        if self.distillation is not None and self._teacher is not None:
             teacher = load_teacher(self._teacher, self.model, self._tokenizer)
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
@@ -226,9 +229,8 @@ class Pruner:
     def logs(self) -> dict[str, float]:
         """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
-        if hasattr(self._attached.controller, "weight"):
-            values["penalty_weight"] = self._attached.controller.weight
-        return values
+        weight = getattr(self._attached.controller, "weight", None)
+        return values if weight is None else {**values, "penalty_weight": weight}
 
     def baked(self) -> tuple[nn.Module, Report]:
         """A finished copy of the model as it is now; the run goes on untouched."""

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from hf_prune.config import PruneConfig
-from hf_prune.parts.selection import unit_size
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.types import Paper, Plan, Report, Structure
 
@@ -77,7 +76,7 @@ class _Weights:
 
     def thin(self, structure: Structure, alive: int) -> None:
         self._sizes[structure.name] = structure.shape
-        self._thinned += alive * unit_size(structure)
+        self._thinned += alive * structure.unit_size
 
     @property
     def prunable(self) -> int:

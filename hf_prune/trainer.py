@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer
@@ -15,7 +16,7 @@ from hf_prune.parts.distillation import DistillConfig
 from hf_prune.pruner import Pruner
 from hf_prune.types import PruneError, Report
 
-FINAL_HUB_STRATEGY = "end"
+FINAL_HUB_STRATEGY = HubStrategy.END
 
 
 class PruneTrainer(Trainer):
@@ -49,11 +50,12 @@ class PruneTrainer(Trainer):
                 "DeepSpeed and FSDP shard the weights that masks are made of, which PruneTrainer does not support; "
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
+        assert self.model is not None  # Trainer itself refuses to be made without one
         self.pruner = Pruner(
             self.model,
             pruning,
             example_inputs=self._example_inputs() if self.train_dataset is not None else None,
-            teacher=str(teacher) if isinstance(teacher, Path) else teacher,
+            teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
         )
@@ -75,23 +77,25 @@ class PruneTrainer(Trainer):
         output = super().train(*args, **kwargs)
         self.pruner.finalize()
         # The optimizer and every wrapper still hold parameters that the plain model no longer has.
-        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.pruner.model
         self.accelerator.free_memory()
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, wrapped once."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, PruneOptimizer):
-            self.optimizer = self.pruner.wrap(optimizer)
-        return self.optimizer
+            optimizer = self.optimizer = self.pruner.wrap(optimizer)
+        return optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
+        """Task loss, distillation and penalties while training; Trainer's loss elsewhere."""
         if not (model.training and self.pruner.attached):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         student_inputs = {**inputs, **self.pruner.student_inputs}
-        task_loss, outputs = super().compute_loss(model, student_inputs, return_outputs=True, **kwargs)
+        task_loss, outputs = super().compute_loss(model, student_inputs, True, *args, **kwargs)
         # A loss function of the user's own divides by all accumulated items, and Trainer then divides nothing.
         scale = 1.0 / self.current_gradient_accumulation_steps if self.compute_loss_func is not None else 1.0
         loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
@@ -104,6 +108,7 @@ class PruneTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's logs, with sparsity and loss terms beside the loss."""
         if self.pruner.attached and "loss" in logs:
             logs = {**logs, **self.pruner.logs()}
         super().log(logs, *args, **kwargs)
@@ -113,7 +118,7 @@ class PruneTrainer(Trainer):
         if self.pruner.attached and _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
-            self._save_compact(output_dir or self.args.output_dir)
+            self._save_compact(str(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -125,9 +130,11 @@ class PruneTrainer(Trainer):
         torch.save(self.args, Path(folder) / "training_args.bin")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`, once the model is finished."""
         if self.pruner.attached:
             raise PruneError(
-                "the model is not finished: its masks are still being trained. Call push_to_hub after train() has ended."
+                "the model is not finished: its masks are still being trained. "
+                "Call push_to_hub after train() has ended."
             )
         return super().push_to_hub(*args, **kwargs)
 
@@ -160,8 +167,8 @@ def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
         raise PruneError("PruneTrainer prunes the model it is given; pass model= instead of model_init=.")
     if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
         raise PruneError(
-            f"hub_strategy={args.hub_strategy.value!r} would push checkpoints that only this run can read; "
-            f"set hub_strategy={FINAL_HUB_STRATEGY!r}."
+            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "
+            f"can read; set hub_strategy={FINAL_HUB_STRATEGY.value!r}."
         )
 
 

@@ -132,7 +132,7 @@ def test_exact_count_per_matrix(sparsity: float) -> None:
 
 
 def test_hard_concrete_by_hand() -> None:
-    """Outside training a gate is 0 iff S <= log(1/11) = -2.398; the start 2.197 gives 0.98; penalty sigmoid(S + 1.599)."""
+    """In eval mode a gate is 0 iff S <= log(1/11) = -2.398; 2.197 at first gives 0.98; penalty sigmoid(S + 1.599)."""
     assert pytest.approx(-2.3979, abs=1e-4) == movement.CLOSED
     gate = movement.HardConcreteGate(Elements("w", (1, 4)), torch.device("cpu"), seed=0)
     gate.owner.eval()
@@ -197,7 +197,7 @@ def test_l0_without_a_goal_prunes_exactly_the_closed_gates() -> None:
 
 
 def test_hybrid_removes_tied_neurons_and_blocks() -> None:
-    """Acceptance E: zero rows of FFN-in == zero columns of FFN-out; the narrow model has the size that the plan says."""
+    """Acceptance E: zero rows of FFN-in == zero columns of FFN-out; the narrow model is as small as the plan says."""
     model = tiny_text_model().eval()
     dense_size = sum(parameter.numel() for parameter in model.parameters())
     batch = {"input_ids": torch.randint(0, 40, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
@@ -223,4 +223,6 @@ def test_hybrid_removes_tied_neurons_and_blocks() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == dense_size - removed
     assert report.sparsity == pytest.approx(0.6, abs=0.01)
     blocks = model.bert.encoder.layer[0].attention.self.query.weight.view(4, 4, 4, 4).permute(0, 2, 1, 3)
-    assert torch.equal((blocks != 0).any(-1).any(-1).flatten(), plan["bert.encoder.layer.0.attention.self.query.weight"])
+    assert torch.equal(
+        (blocks != 0).any(-1).any(-1).flatten(), plan["bert.encoder.layer.0.attention.self.query.weight"]
+    )

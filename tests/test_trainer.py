@@ -1,4 +1,4 @@
-"""PruneTrainer beside the stock Trainer: saving, best checkpoints, mixed precision, clipping, compile, bad arguments."""
+"""PruneTrainer beside the stock Trainer: saving, best checkpoints, mixed precision, clipping, compile, bad input."""
 
 from __future__ import annotations
 

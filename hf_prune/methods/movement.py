@@ -72,7 +72,9 @@ class MovementConfig(PruneConfig):
     variant: str = "hard"  # "hard" (top-k), "soft" (threshold and penalty), "l0" (hard concrete), "magnitude"
     block_shape: tuple[int, int] = (32, 32)  # rows, columns of a unit for structure "block" and "hybrid"
     score_lr: float = 1e-2  # learning rate of the scores at the peak of the schedule (L0 in the paper: 1e-1)
-    score_optimizer: str = "inner"  # "inner": the weights' own optimizer, as in the paper's runs; "sgd": as in its eq. 4
+    score_optimizer: str = (
+        "inner"  # "inner": the weights' own optimizer, as in the paper's runs; "sgd": as in its eq. 4
+    )
     score_init: float | None = None  # first score; None: 0, and 2.197 for L0
     threshold: float = 0.1  # soft: a unit stays while sigmoid(score) exceeds this at the end
     penalty_weight: float | None = None  # soft and L0: lambda; None: the paper's 400 and 125
@@ -85,10 +87,12 @@ class MovementConfig(PruneConfig):
         require_choice("structure", self.structure, STRUCTURES)
         require_choice("score_optimizer", self.score_optimizer, SCORE_OPTIMIZERS)
         require_range("threshold", self.threshold, 0.0, 1.0, closed_left=False, closed_right=False)
-        if self.score_lr <= 0:
-            raise ValueError(f"score_lr must be > 0, got {self.score_lr}: with it the scores would never change.")
-        if min(self.block_shape) < 1 or len(self.block_shape) != 2:
-            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape}.")
+        require_range("score_lr", self.score_lr, 0.0, math.inf, closed_left=False, closed_right=False)
+        require_range("score_init", self.first_score, -math.inf, math.inf, closed_left=False, closed_right=False)
+        require_range("penalty_weight", self.first_penalty, 0.0, math.inf, closed_right=False)
+        require_range("penalty_gain", self.penalty_gain, 0.0, math.inf, closed_right=False)
+        if not _is_block(self.block_shape):
+            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape!r}.")
         if self.variant in PAPER_PENALTY and self.first_penalty <= 0:
             raise ValueError(
                 f"penalty_weight must be > 0 for variant {self.variant!r}, got {self.penalty_weight}: "
@@ -103,18 +107,26 @@ class MovementConfig(PruneConfig):
 
     @property
     def first_penalty(self) -> float:
+        """Lambda where the run starts."""
         return PAPER_PENALTY.get(self.variant, 0.0) if self.penalty_weight is None else self.penalty_weight
 
     @property
     def first_score(self) -> float:
+        """Every score where the run starts."""
         return PAPER_SCORE.get(self.variant, 0.0) if self.score_init is None else self.score_init
+
+
+def _is_block(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)
 
 
 Config = MovementConfig
 
 
 class HardConcreteMask(ScoreMask):
-    """Stretched, clamped concrete gates: random in (0, 1) while training, their mean's image outside (Louizos, eq. 10-13)."""
+    """Stretched, clamped concrete gates: random while training, their mean's image outside (Louizos, eq. 10-13)."""
+
+    draw: Tensor
 
     def __init__(self, *arguments: Any, seed: int, **mask_arguments: Any) -> None:
         super().__init__(*arguments, **mask_arguments)
@@ -123,6 +135,7 @@ class HardConcreteMask(ScoreMask):
             self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """`weight` times the gate of its unit."""
         gate = self.owner.gate().to(weight.dtype) * self.owner.keep
         if weight.ndim == 1:
             gate = (gate > 0).to(weight.dtype)  # a closed unit's bias goes, an open one's is not scaled
@@ -130,7 +143,7 @@ class HardConcreteMask(ScoreMask):
 
     def gate(self) -> Tensor:
         """Gate values in [0, 1], shape `(units,)`; the same draw for every call between two optimizer steps."""
-        logits = self.scores
+        logits: Tensor = self.scores
         if self.training:
             stream = generator(self.seed, self.structure.name, int(self.draw))
             u = torch.rand(self.scores.shape, generator=stream).clamp(1e-4, 1 - 1e-4).to(self.scores.device)
@@ -139,13 +152,18 @@ class HardConcreteMask(ScoreMask):
 
 
 class HardConcreteGate(ScoreGate):
+    """A gate that closes by itself where its score falls low enough."""
+
     mask_type = HardConcreteMask
+    owner: HardConcreteMask
 
     def keep(self) -> Tensor:
+        """The plan, without the units whose gates have closed."""
         return self.owner.keep & (self.scores() > CLOSED)
 
 
 def build(model: nn.Module, graph: Any, config: MovementConfig) -> Recipe:
+    """The recipe of `config.variant` over the units of `config.structure`."""
     units = _structures(model, graph, config)
     device = next(model.parameters()).device
     schedule = schedules.cubic(config.begin, config.end)

@@ -23,8 +23,11 @@ class Controller(Protocol):
     def observe(self, metrics: Mapping[str, float]) -> None:
         """`progress` and `sparsity` after every optimizer step; evaluation metrics after every evaluation."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted run needs; plain numbers, strings and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_prune.parts.gates import parametrizations
 from hf_prune.types import Structure
 
 
@@ -40,5 +41,5 @@ def dense_parameter(model: nn.Module, tensor: str) -> Tensor:
     path, _, attribute = tensor.rpartition(".")
     module = model.get_submodule(path)
     if parametrize.is_parametrized(module, attribute):
-        return module.parametrizations[attribute].original
+        return parametrizations(module, attribute).original
     return getattr(module, attribute)
