@@ -30,7 +30,8 @@ def prune(
 
         trainer = PruneTrainer(model=model, pruning=config, **training)
         trainer.train()
-        return trainer.model, trainer.report
+        assert trainer.report is not None
+        return model, trainer.report
     if methods.load(config.method).NEEDS_TRAINING:
         raise PruneError(
             f"method {config.method!r} prunes while it trains: use hf_prune.PruneTrainer, or pass "

@@ -75,7 +75,7 @@ class _Weights:
                 sizes[member.dim] -= member.outer * member.inner * (structure.units - alive)
 
     def thin(self, structure: Structure, alive: int) -> None:
-        self._sizes[structure.name] = structure.shape
+        self._sizes[structure.name] = (structure.units * structure.unit_size,)
         self._thinned += alive * structure.unit_size
 
     @property

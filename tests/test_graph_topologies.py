@@ -32,7 +32,9 @@ class Chain(Net):
 
 class Residual(Net):
     def __init__(self) -> None:
-        super().__init__(stem=nn.Conv2d(3, 16, 3), a=nn.Conv2d(16, 10, 1), b=nn.Conv2d(10, 16, 1), head=nn.Linear(16, 4))
+        super().__init__(
+            stem=nn.Conv2d(3, 16, 3), a=nn.Conv2d(16, 10, 1), b=nn.Conv2d(10, 16, 1), head=nn.Linear(16, 4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -51,7 +53,10 @@ class PaddedShortcut(Net):
 class Concat(Net):
     def __init__(self) -> None:
         super().__init__(
-            a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 6, 3, padding=1), n=nn.BatchNorm2d(14), c=nn.Conv2d(14, 10, 1),
+            a=nn.Conv2d(3, 8, 1),
+            b=nn.Conv2d(3, 6, 3, padding=1),
+            n=nn.BatchNorm2d(14),
+            c=nn.Conv2d(14, 10, 1),
             head=nn.Linear(24, 4),
         )
 
@@ -84,7 +89,10 @@ class Split(Net):
 class Grouped(Net):
     def __init__(self) -> None:
         super().__init__(
-            a=nn.Conv2d(3, 12, 1), g=nn.Conv2d(12, 24, 3, padding=1, groups=4), b=nn.Conv2d(24, 8, 1), head=nn.Linear(8, 4)
+            a=nn.Conv2d(3, 12, 1),
+            g=nn.Conv2d(12, 24, 3, padding=1, groups=4),
+            b=nn.Conv2d(24, 8, 1),
+            head=nn.Linear(8, 4),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +102,10 @@ class Grouped(Net):
 class Depthwise(Net):
     def __init__(self) -> None:
         super().__init__(
-            a=nn.Conv2d(3, 12, 1), d=nn.Conv2d(12, 12, 3, padding=1, groups=12), n=nn.BatchNorm2d(12), b=nn.Conv2d(12, 8, 1),
+            a=nn.Conv2d(3, 12, 1),
+            d=nn.Conv2d(12, 12, 3, padding=1, groups=12),
+            n=nn.BatchNorm2d(12),
+            b=nn.Conv2d(12, 8, 1),
             head=nn.Linear(8, 4),
         )
 
@@ -148,7 +159,9 @@ class GroupedQueryAttention(Net):
         batch, length, _ = x.shape
         q, k, v = (each(x).view(batch, length, -1, self.width).transpose(1, 2) for each in (self.q, self.k, self.v))
         k, v = (each.repeat_interleave(self.repeats, 1) for each in (k, v))
-        return self.head(x + self.o(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)))
+        return self.head(
+            x + self.o(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2))
+        )
 
 
 class FusedAttention(Net):
@@ -165,7 +178,9 @@ class FusedAttention(Net):
 
 class MultiheadAttention(Net):
     def __init__(self) -> None:
-        super().__init__(a=nn.Linear(12, 16), attention=nn.MultiheadAttention(16, 4, batch_first=True), head=nn.Linear(16, 4))
+        super().__init__(
+            a=nn.Linear(12, 16), attention=nn.MultiheadAttention(16, 4, batch_first=True), head=nn.Linear(16, 4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -183,7 +198,9 @@ class GroupNorm(Net):
 class TransposedConv(Net):
     def __init__(self) -> None:
         super().__init__(
-            a=nn.Conv2d(3, 12, 3), up=nn.ConvTranspose2d(12, 8, 2, stride=2), s=nn.ConvTranspose2d(8, 8, 2, groups=4),
+            a=nn.Conv2d(3, 12, 3),
+            up=nn.ConvTranspose2d(12, 8, 2, stride=2),
+            s=nn.ConvTranspose2d(8, 8, 2, groups=4),
             b=nn.Conv2d(8, 4, 1),
         )
 
@@ -235,9 +252,7 @@ class Rotary(Net):
 
 class SqueezeExcite(Net):
     def __init__(self) -> None:
-        super().__init__(
-            a=nn.Conv2d(3, 16, 1), down=nn.Conv2d(16, 6, 1), up=nn.Conv2d(6, 16, 1), b=nn.Conv2d(16, 4, 3)
-        )
+        super().__init__(a=nn.Conv2d(3, 16, 1), down=nn.Conv2d(16, 6, 1), up=nn.Conv2d(6, 16, 1), b=nn.Conv2d(16, 4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))

@@ -24,7 +24,11 @@ ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = ("matmul", "bmm", "einsum")
 PARTIAL = ("split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "narrow")
 """Operations that give only a part of a tensor."""
-MOVES = {*view.RULES, *PARTIAL, "contiguous", "clone", "to", "_to_copy", "dropout", "neg", "alias", "detach"} - {"cat", "stack", "glu"}
+MOVES = {*view.RULES, *PARTIAL, "contiguous", "clone", "to", "_to_copy", "dropout", "neg", "alias", "detach"} - {
+    "cat",
+    "stack",
+    "glu",
+}
 """Operations that only move values: what goes in multiplied comes out multiplied."""
 SUMS = ("add", "sub", "cat", "stack")
 """Operations whose tensors must all be multiplied alike."""
@@ -128,7 +132,9 @@ def _scale(trace: Trace, node: Node) -> Scale | None:
 
 def _at_layer(trace: Trace, node: Node, layer: Node, path: list[Node]) -> Scale | None:
     """The rows of `layer` that arrive at the end of `path`, found by sending their numbers along."""
-    _, weight, bias = (layer.args[place] if place < len(layer.args) else None for place in LAYERS[name_of(layer.target)])
+    _, weight, bias = (
+        layer.args[place] if place < len(layer.args) else None for place in LAYERS[name_of(layer.target)]
+    )
     if weight not in trace.tensors or not (bias is None or bias in trace.tensors):
         return None
     last = max((place for place, each in enumerate(path) if name_of(each.target) in PARTIAL), default=-1)

@@ -2,8 +2,9 @@
 
 Idea      a unit's worth is the size of its weights; no data is needed. One call prunes a trained model at once; under
           `PruneTrainer` the same ranking is applied to the current weights along a cubic schedule.
-Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the unit's size), root mean square ("l2"), or a
-          seeded permutation ("random") -> `_SCORES`; cubic schedule of Zhu & Gupta 2017, eq. 1 -> `schedules.cubic`.
+Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the unit's size) or root mean square ("l2")
+          -> `scores.unit_norms`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
+          -> `schedules.cubic`.
 Differs   Li et al. rank the filters of each layer by themselves (`scope="per_group"`); the global ranking divides each
           group's scores by their mean, without which layers of small weights would vanish whole. Units of a group are
           scored by the tensors that produce them, whichever operation couples them.
@@ -56,7 +57,7 @@ class MagnitudeConfig(PruneConfig):
 
     method = "magnitude"
 
-    structure: str | None = None  # type: ignore[assignment]  # "element" or "group"; None: what the goal needs
+    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation
     normalised_groups: bool = False  # also prune groups under LayerNorm-like statistics, which is not exact
 
@@ -73,7 +74,7 @@ class MagnitudeConfig(PruneConfig):
                 f"structure {self.structure!r} does not go with {self.goal.name}: final_sparsity counts single weights "
                 "(structure 'element'), target_params, target_flops and target_bytes price whole units ('group')."
             )
-        if self.goal == ("final_sparsity", 0.0) or (self.goal.name != "final_sparsity" and self.goal.value == 1.0):
+        if self.goal.kept(1.0) == 1.0:
             raise ValueError(f"{self.goal.name}={self.goal.value} removes nothing.")
 
 
@@ -81,15 +82,15 @@ Config = MagnitudeConfig
 
 
 def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
+    """Rank by size along the schedule; masks until the end, where groups are shrunk."""
     assert config.goal is not None
-    limits = {"scope": config.scope, "min_keep": config.min_keep}
     if config.structure == "element":
         weights = structures.prunable_weights(model, config.include, config.exclude)
         units: list[Structure] = structures.element_structures(weights)
-        selection = top_k(units, config.goal, **limits)
+        selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
     else:
         units = [structures.group_structure(group, model) for group in _groups(model, graph.groups, config)]
-        selection = fit_price(graph.traced, units, config.goal, **limits)
+        selection = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
     device = next(model.parameters()).device
     return Recipe(
         structures=units,

@@ -23,8 +23,8 @@ PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
 def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
     """The most units, highest scores first, whose price is at most the goal's share of the dense price.
 
-    Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group keeps
-    its floor, so a goal below the price of all floors raises.
+    Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group
+    keeps its floor, so a goal below the price of all floors raises.
     """
     price, floors = PRICES[goal.name], {s.name: max(1, int(min_keep * s.units)) for s in structures}
     dense = price(graph, None)
@@ -39,7 +39,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
             least = price(graph, ranked(scores, cheap, floors)) / dense
             raise PruneError(
                 f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "
-                f"{least:.3f} of the dense one. Raise the goal, lower min_keep, or prune more layers (include, exclude)."
+                f"{least:.3f} of the dense one. Raise the goal, lower min_keep, or prune more layers."
             )
         while dear - cheap > 1:
             middle = (cheap + dear) // 2

@@ -12,9 +12,7 @@ from hf_prune.parts.gates import parametrizations
 from hf_prune.types import Structure
 
 
-def unit_norms(
-    model: nn.Module, structures: Sequence[Structure], *, order: int
-) -> Callable[[], Mapping[str, Tensor]]:
+def unit_norms(model: nn.Module, structures: Sequence[Structure], *, order: int) -> Callable[[], Mapping[str, Tensor]]:
     """Mean absolute weight (`order` 1) or root mean square (2) of each unit; reads the dense weights under a mask.
 
     Weights count, biases and norm parameters do not; of a group, the tensors that produce it.
