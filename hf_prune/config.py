@@ -79,8 +79,8 @@ class PruneConfig:
             require_range("max_metric_drop", self.max_metric_drop, 0.0, math.inf, closed_right=False)
         if self.final_sparsity is not None and self.final_sparsity + self.min_keep > 1.0 + 1e-9:
             raise ValueError(
-                f"min_keep={self.min_keep} keeps more of every weight than final_sparsity={self.final_sparsity} leaves; "
-                "lower one of them."
+                f"min_keep={self.min_keep} keeps more of every weight than final_sparsity={self.final_sparsity} "
+                "leaves; lower one of them."
             )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,11 @@ class Pruner:
         """Whether the gates are in the model: between `attach` and `finalize`."""
         return self.recipe is not None
 
+    @property
+    def has_passes(self) -> bool:
+        """Whether the method runs the model itself, in several passes: call `batch_loss` instead of model and `loss`."""
+        return self._attached.passes is not None
+
     def attach(self) -> None:
         """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
 
@@ -174,8 +179,14 @@ class Pruner:
             self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            recipe.controller.observe({"progress": self._progress, "sparsity": self.sparsity})
-            self.phase = recipe.controller.phase(step)
+            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Tell the controller how the run goes, such as the metrics of an evaluation; it may change what trains next."""
+        controller = self._attached.controller
+        if controller is not None:
+            controller.observe(metrics)
+            self.phase = controller.phase(max(self._step, 0))
 
     def _set_plan(self, plan: Plan) -> None:
         for gate in self._attached.gates:
@@ -197,9 +208,20 @@ class Pruner:
         schedule = self._attached.schedule
         return schedule is None or schedule(self._progress) >= 1.0
 
+    def batch_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The training loss of one labelled batch, by the method's own passes where it has them.
+
+        model: what the loop calls: the pruned model, or what wraps it (DDP, compile).
+        """
+        passes = self._attached.passes
+        if passes is not None:
+            return passes(self, model, inputs)
+        outputs = model(**inputs, **self.student_inputs)
+        return self.loss(outputs.loss, outputs, inputs)
+
     def loss(
         self,
-        task_loss: Tensor,
+        task_loss: Tensor | None,
         outputs: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
         *,
@@ -208,18 +230,25 @@ class Pruner:
         """The training loss of one batch: task, distillation and penalties.
 
         `scale` multiplies what is added to the task loss; pass `1 / accumulation steps` where the task loss has
-        already been divided. `outputs` and `inputs` are needed with a teacher.
+        already been divided. `outputs` and `inputs` are needed with a teacher. Without labels there is no task loss:
+        None is taken where `DistillConfig(alpha=1)` does not count it.
         """
-        total, terms = task_loss, {}
+        recipe, share = self._attached, 1.0
+        terms: dict[str, Tensor] = {}
         if self.distiller is not None:
             if outputs is None or inputs is None:
                 raise PruneError("distillation needs the model's outputs and inputs: loss(task_loss, outputs, inputs).")
             terms = self.distiller.terms(outputs, inputs)
-            total = (1.0 - self.distiller.config.alpha) * task_loss
+            share -= self.distiller.config.alpha
         if self.phase.penalties_active:
-            terms = terms | {name: penalty(self._progress) for name, penalty in self._attached.penalties.items()}
+            terms |= {name: penalty(self._progress) for name, penalty in recipe.penalties.items()}
         self._last_terms = {name: term.detach() for name, term in terms.items()}
-        return total + scale * sum(terms.values()) if terms else total
+        added = [scale * term for term in terms.values()]
+        if share == 0.0:
+            return reduce(torch.add, added)
+        if task_loss is None:
+            raise PruneError("there is no task loss; give the model labels, or train on a teacher alone with alpha=1.")
+        return reduce(torch.add, added, share * task_loss)
 
     @property
     def student_inputs(self) -> dict[str, Any]:

@@ -128,9 +128,7 @@ class Run:
     def _one_step(self, batch: dict[str, Tensor]) -> None:
         self.optimizer.zero_grad()
         for part in _split(batch, self.accumulation):
-            outputs = self.model(**part, **self.pruner.student_inputs)
-            loss = self.pruner.loss(outputs.loss, outputs, part) / self.accumulation
-            loss.backward()
+            (self.pruner.batch_loss(self.model, part) / self.accumulation).backward()
         self.optimizer.step()
 
 

@@ -94,11 +94,14 @@ class PruneTrainer(Trainer):
         """Task loss, distillation and penalties while training; Trainer's loss elsewhere."""
         if not (model.training and self.pruner.attached):
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        student_inputs = {**inputs, **self.pruner.student_inputs}
-        task_loss, outputs = super().compute_loss(model, student_inputs, True, *args, **kwargs)
         # A loss function of the user's own divides by all accumulated items, and Trainer then divides nothing.
         scale = 1.0 / self.current_gradient_accumulation_steps if self.compute_loss_func is not None else 1.0
-        loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
+        if self.pruner.has_passes:
+            loss, outputs = scale * self.pruner.batch_loss(model, inputs), {}
+        else:
+            student_inputs = {**inputs, **self.pruner.student_inputs}
+            task_loss, outputs = super().compute_loss(model, student_inputs, True, *args, **kwargs)
+            loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
         if self.args.fp16 is False and not bool(torch.isfinite(loss)):
             raise PruneError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; training has diverged. "
@@ -160,6 +163,12 @@ class _PruneCallback(TrainerCallback):
         if not self.pruner.at_goal:
             # A checkpoint that is not sparse enough yet must never count as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        if self.pruner.attached and metrics:
+            self.pruner.observe(metrics)
 
 
 def _check_arguments(args: TrainingArguments, model_init: Any) -> None:

@@ -52,7 +52,8 @@ class Recipe:
         default_factory=dict
     )
     """Kind of gate parameter -> options of a group in the user's optimizer (`lr`), or a factory of one of its own."""
-    passes: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
-    """`(pruner, inputs) -> loss`, in place of the single forward pass."""
+    passes: Callable[[Any, nn.Module, Mapping[str, Any]], Tensor] | None = None
+    """`(pruner, model, inputs) -> loss`, in place of the single forward pass. `model` is the one to call: it may wrap
+    the pruned one (DDP, compile). `pruner.loss` adds distillation and penalties to the task loss of a pass."""
     frozen: Sequence[str] = ()
     """Parameters that do not train in this run at all."""
