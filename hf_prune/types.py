@@ -89,6 +89,10 @@ class Structure(Protocol):
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors that the units are made of."""
 
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Those of `tensors` whose outputs the units are; the others read them."""
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         """`weight` regrouped as `(units, elems)`; `tensor` says which of `self.tensors` it is."""
 

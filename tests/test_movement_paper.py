@@ -155,6 +155,16 @@ def test_hard_concrete_draws_once_per_optimizer_step() -> None:
     assert ((first == 0).any() and (first == 1).any()) and first.min() >= 0 and first.max() <= 1
 
 
+def test_hard_concrete_noise_differs_between_weights_seeds_and_steps() -> None:
+    gates = {
+        (seed, name): movement.HardConcreteGate(Elements(name, (4, 50)), torch.device("cpu"), seed=seed, init=0.0)
+        for seed in (0, 1)
+        for name in ("a", "b")
+    }
+    draws = [gate.owner.gate() for gate in gates.values()]
+    assert not any(torch.equal(x, y) for i, x in enumerate(draws) for y in draws[:i])
+
+
 def test_soft_penalty_carries_the_sigmoid_derivative() -> None:
     """lambda_t = lambda * v_t / v_final, and dR/dS = sigmoid'(S) / units."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Identity())

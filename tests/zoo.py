@@ -203,9 +203,7 @@ ZOO: dict[str, Entry] = {
     ),
     "SwinForImageClassification": image("SwinConfig", WINDOWS, slow=False),
     "Swinv2ForImageClassification": image("Swinv2Config", WINDOWS),
-    "TimmWrapperForImageClassification": image(
-        "TimmWrapperConfig", {"architecture": "resnet18"}, 64, needs="timm"
-    ),
+    "TimmWrapperForImageClassification": image("TimmWrapperConfig", {"architecture": "resnet18"}, 64, needs="timm"),
     "ViTForImageClassification": image("ViTConfig", VISION, slow=False),
     "ViTMSNForImageClassification": image("ViTMSNConfig", VISION),
     # other heads on images
@@ -308,7 +306,10 @@ ZOO: dict[str, Entry] = {
         },
     ),
     "ModernBertForSequenceClassification": text(
-        "ModernBertConfig", TEXT | {"cls_token_id": 1, "sep_token_id": 2}, slow=False
+        "ModernBertConfig",
+        TEXT | {"cls_token_id": 1, "sep_token_id": 2},
+        exact_dtype=torch.float32,
+        slow=False,
     ),
     "MPNetForSequenceClassification": text("MPNetConfig"),
     "MraForSequenceClassification": text("MraConfig", length=16, exact_dtype=torch.float32),
@@ -362,7 +363,9 @@ ZOO: dict[str, Entry] = {
         | {"eos_token_id": 2},
         slow=False,
     ),
-    "T5EncoderModel": text("T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | TOKENS),
+    "T5EncoderModel": text(
+        "T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | TOKENS
+    ),
     # speech
     "Wav2Vec2ForSequenceClassification": text(
         "Wav2Vec2Config",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
-
-from torch.fx import Node
 
 from hf_prune.graph.dims import Axis, Dim, Shape, concatenate, flat, freeze, fresh, is_frozen, parts, size, take, unify
 from hf_prune.graph.traced_int import Attribute, Expression, Read, Term, TracedInt
@@ -17,9 +16,12 @@ NUMBER = "a number in code"
 
 @dataclass
 class Equations:
-    """Every attribute has a dim; an equation makes the dim of an expression and a dim of the graph one."""
+    """Every attribute has a dim; an equation makes the dim of an expression and a dim of the graph one.
 
-    shapes: Mapping[Node, Any]
+    shapes: node name -> what the node gave.
+    """
+
+    shapes: Mapping[str, Any]
     attributes: dict[Attribute, Dim] = field(default_factory=dict)
 
     def equate(self, number: int, dim: Dim, where: str) -> None:
@@ -70,10 +72,11 @@ class Equations:
 
     @staticmethod
     def _join(a: Dim, b: Dim, otherwise: str) -> None:
-        if size(a) == size(b):
-            unify(a, b)
-        else:
+        """Keep two sizes equal. Products of the same factors are, in whatever order; else the dims become one."""
+        if size(a) != size(b):
             freeze(a + b, otherwise)
+        elif Counter(flat(a)) != Counter(flat(b)):
+            unify(a, b)
 
 
 def _ordered(factors: list[Dim], like: Dim) -> Dim:

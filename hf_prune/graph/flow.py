@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch.fx.node import map_arg
 from hf_prune.graph.dims import Dim, Shape, freeze, fresh
 from hf_prune.graph.equations import Equations
 from hf_prune.graph.rules import name_of, rule_for
+from hf_prune.graph.scales import Scale
 from hf_prune.graph.trace import Trace
+from hf_prune.graph.traced_int import Expression
 
 FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
 """Operations through which a tensor of the model is still the weight of a contraction."""
@@ -25,21 +27,26 @@ EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat")
 class Flow:
     """Shapes of all nodes and tensors, which dims contractions read, and what each operation costs."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, scales: Iterable[Scale] = (), free: Collection[Expression] = ()) -> None:
+        """scales: attention scales that weights take over.  free: sizes that formulas may follow for that reason."""
         self.trace = trace
+        self.scales = {scale.node: scale for scale in scales}
         self.shapes: dict[Node, Any] = {}
         self.tensors: dict[str, Shape] = {}
         self.reads: set[tuple[str, int]] = set()
         self.costs: list[Dim] = []
         """One dim an operation; its size is the number of multiply-adds."""
         self.live = _live(trace)
-        self.equations = Equations(self.shapes)
+        named: dict[str, Any] = {}
+        self.equations = Equations(named)
         for node in trace.graph.nodes:
             self._visit(node)
+            named[node.name] = self.shapes.get(node)
         for left, right in trace.uses.equal:
             self.equations.compare(left, right)
         for expression in trace.uses.floats:
-            self.equations.pin(expression)
+            if expression not in free:
+                self.equations.pin(expression)
 
     def _visit(self, node: Node) -> None:
         if node in self.trace.tensors:

@@ -13,6 +13,7 @@ from hf_prune.graph.dims import Axis
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups
 from hf_prune.graph.prices import Price, Prices
+from hf_prune.graph.scales import find_scales
 from hf_prune.graph.trace import Inputs, record
 from hf_prune.types import Group, Plan
 
@@ -54,7 +55,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
     example_inputs: keyword tensors, or a tuple of positional ones. Their sizes should differ from each other and from
     the model's own (batch 2, odd lengths). Works on frozen models and on models on the meta device.
     """
-    flow = Flow(record(model, example_inputs))
+    recorded = record(model, example_inputs)
+    flow = Flow(recorded, *find_scales(model, example_inputs, recorded))
     parameters = dict(model.named_parameters())
     free, frozen, axes = find_groups(flow, set(parameters))
     return Graph(

@@ -14,7 +14,7 @@ from hf_prune.graph.dims import Axis, Cat, Dim, flat, size
 from hf_prune.graph.flow import Flow
 from hf_prune.types import Group, Member
 
-ROLES = ("heads", "head_width", "channels", "stream")
+ROLES = ("heads", "head_width", "stream", "channels")
 
 
 def occurrences(dim: Dim) -> Iterator[tuple[Axis, Member]]:

@@ -87,7 +87,7 @@ def _tagged_shape(tensor: Tensor, result: Any, dim: int | None = None) -> Any:
     slot = get_proxy_slot(tensor, get_proxy_mode().tracer, None)
     if slot is None:
         return result
-    node = slot.proxy.node
+    node = slot.proxy.node.name
     if isinstance(result, torch.Size):
         return torch.Size([TracedInt(value, Read(node, index)) for index, value in enumerate(result)])
     return TracedInt(result, Read(node, (dim or 0) % tensor.dim()))

@@ -8,6 +8,7 @@ from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.kept import Kept, kept_indices, loses
 from hf_prune.graph.resize import rewrite
+from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
 from hf_prune.graph.trace import tensors_of
@@ -33,8 +34,10 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
     check_table(model, table)
-    dry_run(model, graph, table)
+    ratios = dry_run(model, graph, table)
     fold_constants(model, graph, kept)
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    rescale(tensors, graph.flow.trace, ratios)
     tensors = tensors_of(model)
     for name, each in indices.items():
         tensors[name].data = select(tensors[name].data, each)

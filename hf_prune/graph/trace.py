@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from hf_prune.graph.attributes import preserved, tag
 from hf_prune.graph.provenance import Arguments, Provenance
-from hf_prune.graph.traced_int import Uses, recording
+from hf_prune.graph.traced_int import Expression, Uses, recording
 from hf_prune.types import PruneError
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -97,7 +97,13 @@ def _fake_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def record_on(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, real: bool) -> Trace:
+def record_on(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    real: bool,
+    factors: Mapping[Expression, float] | None = None,
+) -> Trace:
     """Trace `model` as if `tensors` were its own; `real` runs on their values instead of fakes."""
     values, layout = pytree.tree_flatten(inputs)
     given = [value for value in values if isinstance(value, Tensor)]
@@ -115,7 +121,7 @@ def record_on(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, r
             example = pytree.tree_map(_fake_like, example)
     mode = "real" if real else "fake"
     tracer = make_fx(run, tracing_mode=mode, pre_dispatch=True, _error_on_data_dependent_ops=False)
-    with torch.no_grad(), preserved(model), recording() as uses:
+    with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
         model.eval()
         tag(model)
         graph = tracer(*example).graph

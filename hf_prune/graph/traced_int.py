@@ -7,13 +7,11 @@ and a comparison (a guard) are recorded, because both break silently when the va
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch.fx import Node
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,9 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Read:
-    """Dimension `dim` of the tensor that `node` produced, as Python code read it."""
+    """Dimension `dim` of the tensor that the node of this name produced, as Python code read it."""
 
-    node: Node
+    node: str
     dim: int
 
 
@@ -48,19 +46,23 @@ Expression = Attribute | Read | Term | int
 
 @dataclass
 class Uses:
-    """What code did with sizes besides passing them to operations."""
+    """What code did with sizes besides passing them to operations.
+
+    `factors` makes a size pose as another one where it is used as a float, to see which constants depend on it.
+    """
 
     floats: set[Expression] = field(default_factory=set)
     equal: set[tuple[Expression, Expression]] = field(default_factory=set)
+    factors: Mapping[Expression, float] = field(default_factory=dict)
 
 
 _uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[Uses]:
+def recording(factors: Mapping[Expression, float]) -> Iterator[Uses]:
     """Collect float uses and comparisons of sizes made inside."""
-    uses = Uses()
+    uses = Uses(factors=factors)
     token = _uses.set(uses)
     try:
         yield uses
@@ -99,13 +101,16 @@ class TracedInt(int):
         result = self.__eq__(other)
         return result if result is NotImplemented else not result
 
-    def _as_float(self) -> None:
-        if (uses := _uses.get()) is not None:
-            uses.floats.add(self.source)
+    def as_float(self) -> float:
+        """The value for a formula, which is noted."""
+        value, uses = int.__float__(self), _uses.get()
+        if uses is None:
+            return value
+        uses.floats.add(self.source)
+        return value * uses.factors.get(self.source, 1.0)
 
     def __float__(self) -> float:
-        self._as_float()
-        return int.__float__(self)
+        return self.as_float()
 
 
 def _arithmetic(symbol: str, name: str) -> None:
@@ -114,13 +119,13 @@ def _arithmetic(symbol: str, name: str) -> None:
 
     def forward(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int):
-            self._as_float()
+            self.as_float()
             return plain(self, other)
         return TracedInt(plain(self, other), Term(symbol, self.source, expression(other)))
 
     def reflected(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int):
-            self._as_float()
+            self.as_float()
             return NotImplemented
         return TracedInt(plain(other, self), Term(symbol, expression(other), self.source))
 
@@ -130,11 +135,11 @@ def _arithmetic(symbol: str, name: str) -> None:
 
 def _formula(name: str) -> None:
     """Give `TracedInt` the operator `name`, whose result carries no expression: a use in a formula."""
-    plain = getattr(int, name)
+    exact, inexact = getattr(int, name), getattr(float, name)
 
     def method(self: TracedInt, *others: Any) -> Any:
-        self._as_float()
-        return plain(self, *others)
+        value, result = self.as_float(), exact(self, *others)
+        return result if isinstance(result, int) or value == int(self) else inexact(value, *others)
 
     setattr(TracedInt, name, method)
 

@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,7 @@ from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
 from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
+from hf_prune.graph.scales import Scale, constant
 from hf_prune.graph.trace import Inputs, Trace, call, record_on, tensors_of
 from hf_prune.types import Plan, PruneError, ShapeTable
 
@@ -73,8 +75,11 @@ def check_table(model: nn.Module, table: ShapeTable) -> None:
             )
 
 
-def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> None:
-    """Raise unless `model` would run with the sizes of `table`, and compute the same; the model stays as it is."""
+def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, float]:
+    """Raise unless `model` would run with the sizes of `table`, and compute the same; the model stays as it is.
+
+    Returns by how much each attention scale shrinks (old factor over new), where it follows a size.
+    """
     before = graph.flow.trace
     make = torch.zeros if before.real else torch.empty
     device = "cpu" if before.real else "meta"
@@ -88,23 +93,32 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> None:
             after = record_on(model, tensors, graph.inputs, before.real)
     except Exception as error:
         raise PruneError(
-            f"{type(model).__name__} would not run at the sizes of this plan: {type(error).__name__}: {error}. The model "
-            f"is unchanged. Leave out the groups of the module that failed; changed attributes: {dict(table.attributes)}."
+            f"{type(model).__name__} would not run at the sizes of this plan: {type(error).__name__}: {error}. The "
+            "model is unchanged. Leave out the groups of the module that failed; attributes that would have changed: "
+            f"{dict(table.attributes)}."
         ) from error
+    ratios: dict[Scale, float] = {}
     for old, new in zip_longest(_operations(before), _operations(after)):
-        if old != new:
+        scale = graph.flow.scales.get(old)
+        if old is None or new is None or old.target != new.target or not (scale or _floats(old) == _floats(new)):
             raise PruneError(
-                f"{type(model).__name__} would compute something else at the sizes of this plan: {old} becomes {new}. "
-                "The model is unchanged. Leave out the groups of the module that does it."
+                f"{type(model).__name__} would compute something else at the sizes of this plan: "
+                f"{old and old.format_node()} becomes {new and new.format_node()}. The model is unchanged. Leave out "
+                "the groups of the module that does it."
             )
+        if scale and (ratio := constant(old) / constant(new)) != 1.0:
+            ratios[scale] = ratio
+    return ratios
 
 
-def _operations(trace: Trace) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Name and float constants of each operation that computes; how tensors are laid out may depend on sizes."""
-    for node in trace.graph.nodes:
-        if node.op == "call_function" and name_of(node.target) not in LAYOUT:
-            arguments = pytree.tree_leaves((node.args, dict(node.kwargs)))
-            yield name_of(node.target), tuple(value for value in arguments if isinstance(value, float))
+def _operations(trace: Trace) -> Iterator[Node]:
+    """The operations that compute; how tensors are laid out may depend on sizes."""
+    return (node for node in trace.graph.nodes if node.op == "call_function" and name_of(node.target) not in LAYOUT)
+
+
+def _floats(node: Node) -> list[float]:
+    """Float constants among the arguments of `node`."""
+    return [value for value in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(value, float)]
 
 
 @torch.no_grad()

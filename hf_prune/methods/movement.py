@@ -29,8 +29,9 @@ from hf_prune.config import Goal, PruneConfig, require_choice, require_range
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.controllers import DualAscent
 from hf_prune.parts.gates import MaskGate, ScoreGate, ScoreMask
+from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.scores import magnitude
+from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import keep_highest, top_k
 from hf_prune.types import Paper, Plan, Schedule, Structure
 
@@ -144,8 +145,8 @@ class HardConcreteMask(ScoreMask):
         """Gate values in [0, 1], shape `(units,)`; the same draw for every call between two optimizer steps."""
         logits: Tensor = self.scores
         if self.training:
-            generator = torch.Generator().manual_seed((self.seed << 32) + int(self.draw))
-            u = torch.rand(self.scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).to(self.scores.device)
+            stream = generator(self.seed, self.structure.name, int(self.draw))
+            u = torch.rand(self.scores.shape, generator=stream).clamp(1e-4, 1 - 1e-4).to(self.scores.device)
             logits = (u.log() - (1 - u).log() + self.scores) / BETA
         return (logits.sigmoid() * (RIGHT - LEFT) + LEFT).clamp(0.0, 1.0)
 
@@ -217,7 +218,7 @@ def _magnitude(
 ) -> dict:
     return {
         "gates": [MaskGate(each, device) for each in units],
-        "scores": magnitude(model, units),
+        "scores": unit_norms(model, units, order=1),
         "selection": top_k(units, _goal(config), scope=config.scope, min_keep=config.min_keep),
     }
 

@@ -34,6 +34,8 @@ class Elements:
         """The weight alone."""
         return (self.name,)
 
+    producers = tensors
+
     @property
     def units(self) -> int:
         """One for each weight."""
@@ -82,6 +84,8 @@ class Blocks:
         """The weight alone."""
         return (self.name,)
 
+    producers = tensors
+
     @property
     def units(self) -> int:
         """One for each block, row-major."""
@@ -117,6 +121,8 @@ class Slices:
     def tensors(self) -> tuple[str, ...]:
         """The weight alone."""
         return (self.name,)
+
+    producers = tensors
 
     @property
     def units(self) -> int:
@@ -165,6 +171,12 @@ class GroupUnits:
     def tensors(self) -> tuple[str, ...]:
         """Every parameter that the group occurs in."""
         return tuple(name for name, _ in self.shapes)
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Tensors whose rows, filters or heads the units are; the others read them."""
+        written = {member.tensor for member in self.group.members if not member.reads}
+        return tuple(name for name in self.tensors if name in written)
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         """What each unit has in `tensor`, its occurrences side by side."""

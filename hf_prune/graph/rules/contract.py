@@ -83,7 +83,7 @@ def attention(
         broadcast((mine, *others))
     unify(width, key[-1])
     freeze(broadcast((key[-2], value[-2])), "attended positions")
-    if kwargs.get("scale") is None:
+    if kwargs.get("scale") is None and node not in flow.scales:
         freeze(width, "its size sets the attention scale")
     if mask is not None:
         for own, dim in zip(mask[::-1], (key[-2], length, heads, *batch[::-1]), strict=False):
