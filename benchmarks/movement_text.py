@@ -5,51 +5,52 @@
     python benchmarks/movement_text.py --table    # only print what is there
 
 Student: all-MiniLM-L6-v2 with a new head, encoder linears pruned (10.6M of 22.7M weights), embeddings frozen. Teacher:
-the dense model of seed 0, fine-tuned on the same rows. Each method gets the same number of settings, chosen on the
-validation rows at 90 % with seed 0; test rows are scored once, with the chosen setting, over three seeds.
+the dense model of seed 0, fine-tuned on the same rows; its answers to the training rows are computed once. Each method
+gets the same number of settings, chosen on the validation rows at 90 % with seed 0; test rows are scored once, with the
+chosen setting, over three seeds. At 80 % only movement runs, against dense.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cells import CACHE, RESULTS, Cell, Store, run
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_prune import DistillConfig, MovementConfig, PruneTrainer
+from hf_prune.demo_data import load_movie_sentiment, minilm_path
 
 METHODS = ("magnitude", "hard", "soft")
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.8, 0.9, 0.97)
-FULL = {"rows": 8160, "epochs": 3, "batch": 32}
+FULL = {"rows": 8160, "epochs": 2, "batch": 32}
 QUICK = {"rows": 512, "epochs": 1, "batch": 32}
-# Learning rate of the weights, of the scores, and lambda: the trials of each method.
+# Learning rates of weights and scores, lambda, begin and end of the schedule: the trials of each method.
+_EARLY, _LATE = {"begin": 0.05, "end": 0.7}, {"begin": 0.35, "end": 0.8}
 TRIALS: dict[str, list[dict[str, float]]] = {
-    "magnitude": [{"lr": 1e-4}, {"lr": 2e-4}],
-    "hard": [{"lr": 1e-4, "score_lr": 1e-2}, {"lr": 1e-4, "score_lr": 3e-2}],
-    "soft": [{"lr": 1e-4, "score_lr": 3e-2, "penalty": 400.0}, {"lr": 1e-4, "score_lr": 3e-2, "penalty": 40.0}],
+    "magnitude": [{"lr": 1e-4, **_EARLY}, {"lr": 2e-4, **_EARLY}],
+    "hard": [{"lr": 2e-4, "score_lr": 1e-2, **_EARLY}, {"lr": 2e-4, "score_lr": 1e-2, **_LATE}],
+    "soft": [{"lr": 2e-4, "score_lr": 3e-2, "penalty_weight": weight, **_EARLY} for weight in (300.0, 3000.0)],
 }
 DENSE = {"lr": 5e-5}
 
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """Train one model; returns per-row correctness on validation and test, the seconds, and the sparsity reached."""
-    import time
-
-    import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
-    from transformers.utils import logging
-
-    from hf_prune import DistillConfig, MovementConfig, PruneTrainer
-    from hf_prune.demo_data import load_movie_sentiment, minilm_path
-
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
@@ -85,19 +86,12 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     if cell["method"] == "dense":
         trainer = Trainer(**common)
     else:
-        settings = {"penalty_weight": cell["penalty"]} if "penalty" in cell else {}
-        pruning = MovementConfig(
-            variant=cell["method"],
-            final_sparsity=cell["sparsity"],
-            score_lr=cell.get("score_lr", 1e-2),
-            begin=0.05,
-            end=0.7,
-            **settings,
-        )
+        own = {name: cell[name] for name in ("score_lr", "penalty_weight", "begin", "end") if name in cell}
+        pruning = MovementConfig(variant=cell["method"], final_sparsity=cell["sparsity"], **own)
         trainer = PruneTrainer(
             **common,
             pruning=pruning,
-            teacher=_teacher_folder(cell),
+            teacher=Remembering(_teacher_folder(cell)),
             distillation=DistillConfig(temperature=2.0, alpha=0.9),
         )
     begin = time.perf_counter()
@@ -105,12 +99,29 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     if cell["method"] == "dense":
         trainer.save_model(_teacher_folder(cell))
+        if cell["seed"] == 0:
+            answers = trainer.predict(data["train"]).predictions
+            table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers.tolist(), strict=True)}
+            torch.save(table, Path(_teacher_folder(cell)) / "answers.pt")
     correct = {}
     for split in ("validation", "test"):
         answer = trainer.predict(data[split])
         correct[split] = "".join(str(int(hit)) for hit in answer.predictions.argmax(-1) == answer.label_ids)
     reached = trainer.report.sparsity if cell["method"] != "dense" else 0.0
-    return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached, "log": trainer.state.log_history}
+    return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached}
+
+
+class Remembering(torch.nn.Module):
+    """A teacher that looks its answers up by the row's tokens instead of computing them again in every cell."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.config = AutoConfig.from_pretrained(folder)
+        self.answers = torch.load(Path(folder) / "answers.pt", weights_only=True)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        return {"logits": torch.tensor([self.answers[row] for row in rows])}
 
 
 def _folder(cell: Cell) -> Path:
@@ -231,13 +242,15 @@ def main() -> None:
     size, seeds = (QUICK, (0,)) if options.quick else (FULL, SEEDS)
     store = Store(CACHE / "movement_text_quick.json" if options.quick else RESULTS / "movement_text.json")
     if not options.table:
-        run([dense_cell(seed, size) for seed in seeds], train_cell, store, options.workers)
+        dense = [dense_cell(seed, size) for seed in seeds]
+        run(dense[:2], train_cell, store, options.workers)  # the first is everyone's teacher
         trials = [pruned_cell(m, 0.9, 0, trial, size) for m in METHODS for trial in TRIALS[m]]
         run(trials, train_cell, store, options.workers)
         settings = {method: chosen_setting(store, method, size) for method in METHODS}
-        for sparsity in (0.9, 0.97, 0.8):
-            cells = [pruned_cell(m, sparsity, seed, settings[m], size) for seed in seeds for m in METHODS]
+        for sparsity, methods in ((0.9, METHODS), (0.97, METHODS), (0.8, METHODS[1:])):
+            cells = [pruned_cell(m, sparsity, seed, settings[m], size) for seed in seeds for m in methods]
             run(cells, train_cell, store, options.workers)
+        run(dense, train_cell, store, options.workers)
     summary = summarise(store, seeds, size)
     store.write(summary=summary)
     print_table(summary)

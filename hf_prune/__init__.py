@@ -18,6 +18,7 @@ _EXPORTS = {
     "Report": "hf_prune.types",
     "PruneError": "hf_prune.types",
     "CheckpointError": "hf_prune.types",
+    "prune": "hf_prune.api",
     "save_pretrained": "hf_prune.checkpoint",
 }
 """Public name -> module, imported on first use so that `import hf_prune` stays quick."""

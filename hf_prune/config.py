@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -37,10 +38,8 @@ class PruneConfig:
     target_latency: float | None = None  # fraction of the dense latency kept, measured on this machine, in (0, 1]
     target_bytes: float | None = None  # fraction of the dense file size kept, in (0, 1]
     max_metric_drop: float | None = None  # most that the evaluation metric may lose, in the metric's own unit
-    include: tuple[
-        str, ...
-    ] = ()  # globs of module names to prune; empty: linear and conv layers of the repeated blocks
-    exclude: tuple[str, ...] = ()  # globs of module names that stay as they are
+    include: tuple[str, ...] = ()  # globs of modules to prune; empty: linear and conv layers of the repeated blocks
+    exclude: tuple[str, ...] = ()  # globs of modules that stay as they are
     structure: str = "element"  # how a weight divides into units
     scope: str = "global"  # "global": one ranking over all weights; "per_group": the same fraction of each
     begin: float = 0.0  # share of the optimizer steps after which pruning starts, in [0, 1)
@@ -53,16 +52,19 @@ class PruneConfig:
             patterns = getattr(self, name)
             if isinstance(patterns, str):
                 raise TypeError(f"{name} must be a tuple of globs, got the string {patterns!r}; write ({patterns!r},).")
+            if not isinstance(patterns, (tuple, list)) or not all(isinstance(each, str) for each in patterns):
+                raise TypeError(f"{name} must be a tuple of globs (strings), got {patterns!r}.")
             object.__setattr__(self, name, tuple(patterns))
-        self._check_goals()
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}.")
-        if not 0.0 <= self.begin < self.end <= 1.0:
+        require_choice("scope", self.scope, SCOPES)
+        require_range("begin", self.begin, 0.0, 1.0)
+        require_range("end", self.end, 0.0, 1.0)
+        if not self.begin < self.end:
             raise ValueError(
-                f"begin and end must satisfy 0 <= begin < end <= 1 (shares of the optimizer steps), "
-                f"got begin={self.begin}, end={self.end}."
+                f"begin must be below end (both are shares of the optimizer steps), got begin={self.begin}, "
+                f"end={self.end}."
             )
         require_range("min_keep", self.min_keep, 0.0, 1.0, closed_right=False)
+        self._check_goals()
 
     def _check_goals(self) -> None:
         given = [name for name in GOALS if getattr(self, name) is not None]
@@ -73,8 +75,13 @@ class PruneConfig:
         for name in ("target_params", "target_flops", "target_latency", "target_bytes"):
             if getattr(self, name) is not None:
                 require_range(name, getattr(self, name), 0.0, 1.0, closed_left=False)
-        if self.max_metric_drop is not None and self.max_metric_drop < 0:
-            raise ValueError(f"max_metric_drop must be >= 0, got {self.max_metric_drop}.")
+        if self.max_metric_drop is not None:
+            require_range("max_metric_drop", self.max_metric_drop, 0.0, math.inf, closed_right=False)
+        if self.final_sparsity is not None and self.final_sparsity + self.min_keep > 1.0 + 1e-9:
+            raise ValueError(
+                f"min_keep={self.min_keep} keeps more of every weight than final_sparsity={self.final_sparsity} "
+                "leaves; lower one of them."
+            )
 
     @property
     def goal(self) -> Goal | None:
@@ -90,6 +97,7 @@ class PruneConfig:
         return {"method": self.method, **fields}
 
     def to_json(self) -> str:
+        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
@@ -107,10 +115,12 @@ class PruneConfig:
         for key in values:
             if key not in known:
                 raise ValueError(f"{cls.__name__} has no field {key!r}{closest(key, known)}.")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`; raises like `from_dict`."""
         return cls.from_dict(json.loads(text))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +16,13 @@ OWN_STATE = "hf_prune"
 
 
 class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    """What can be saved and restored with an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and tensors, which `torch.load(weights_only=True)` reads."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
 
 
 @dataclass
@@ -43,6 +49,11 @@ class PruneOptimizer(torch.optim.Optimizer):
         saved: what is saved and restored together with the optimizer's own state, under one key.
     """
 
+    inner: torch.optim.Optimizer
+    rules: StepRules
+    extras: tuple[torch.optim.Optimizer, ...]
+    saved: dict[str, Stateful]
+
     def __init__(
         self,
         inner: torch.optim.Optimizer,
@@ -61,18 +72,21 @@ class PruneOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of every inner optimizer; the dicts are shared with them, so schedulers reach all."""
         if not self.extras:
             return self.inner.param_groups
         return [group for optimizer in self._all for group in optimizer.param_groups]
 
     @property
     def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """Moments by parameter, of every inner optimizer."""
         if not self.extras:
             return self.inner.state
         return {parameter: state for optimizer in self._all for parameter, state in optimizer.state.items()}
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The user's optimizer's."""
         return self.inner.defaults
 
     @property
@@ -80,26 +94,25 @@ class PruneOptimizer(torch.optim.Optimizer):
         return (self.inner, *self.extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the user's optimizer one more group."""
         self.inner.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of every inner optimizer's parameters."""
         for optimizer in self._all:
             optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every inner optimizer. A closure is evaluated once, before the gradients are rewritten."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._rewrite_gradients()
-        scale = self.rules.lr_scale() if self.rules.lr_scale else 1.0
-        rates = [group["lr"] for group in self.param_groups]
-        self._set_rates([rate * scale for rate in rates])
-        for optimizer in self._all:
-            optimizer.step()
-        self._set_rates(rates)
+        with self._scaled_rates():
+            for optimizer in self._all:
+                optimizer.step()
         for project in self.rules.projections:
             project()
         return loss
@@ -114,11 +127,22 @@ class PruneOptimizer(torch.optim.Optimizer):
                 elif parameter in self.rules.transforms:
                     parameter.grad = self.rules.transforms[parameter](parameter.grad)
 
-    def _set_rates(self, rates: Sequence[float]) -> None:
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+    @contextmanager
+    def _scaled_rates(self) -> Iterator[None]:
+        if self.rules.lr_scale is None:
+            yield
+            return
+        scale, rates = self.rules.lr_scale(), [(group, group["lr"]) for group in self.param_groups]
+        for group, rate in rates:
+            group["lr"] = rate * scale
+        try:
+            yield
+        finally:
+            for group, rate in rates:
+                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
+        """The user's optimizer's state, and under one more key that of the rest."""
         own = {
             "extras": [optimizer.state_dict() for optimizer in self.extras],
             "saved": {name: part.state_dict() for name, part in self.saved.items()},

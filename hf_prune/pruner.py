@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, reduce
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized
+from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import summarise
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
+if TYPE_CHECKING:
+    from hf_prune.graph import Graph
+
+
+ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
+
 
 class LazyGraph:
     """The dimension groups of a model, traced when a method first asks for them."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self._model, self._example_inputs = model, example_inputs
 
     @cached_property
-    def traced(self) -> Any:
-        from hf_prune import graph
+    def traced(self) -> Graph:
+        """The graph itself."""
+        from hf_prune.graph import trace
 
-        return graph.trace(self._model, self._example_inputs)
+        given = self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+        inputs = given or getattr(self._model, "dummy_inputs", None)
+        if inputs is None:
+            raise PruneError("this method looks at the model's graph; give Pruner example_inputs for one forward pass.")
+        return trace(self._model, inputs)
 
     @property
     def groups(self) -> Mapping[str, Group]:
+        """The groups that can be pruned."""
         return self.traced.groups
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Why each other group must keep its size."""
+        return {name: str(group.frozen) for name, group in self.traced.frozen.items()}
 
 
 class Pruner:
@@ -44,8 +63,8 @@ class Pruner:
     Args:
         model: changed in place by `attach` and `finalize`.
         config: the method and its settings.
-        example_inputs: inputs by name for one forward pass, needed by methods that look at the model's graph; the
-            model's own `dummy_inputs` where omitted.
+        example_inputs: inputs by name for one forward pass, or a function that gives them, needed by methods that look
+            at the model's graph; the model's own `dummy_inputs` where omitted.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -55,9 +74,9 @@ class Pruner:
         self,
         model: nn.Module,
         config: PruneConfig,
-        example_inputs: Mapping[str, Tensor] | None = None,
+        example_inputs: ExampleInputs = None,
         *,
-        teacher: nn.Module | str | None = None,
+        teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
     ) -> None:
@@ -80,7 +99,13 @@ class Pruner:
 
     @property
     def attached(self) -> bool:
+        """Whether the gates are in the model: between `attach` and `finalize`."""
         return self.recipe is not None
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether the method runs the model itself, several times a batch: `batch_loss` instead of model and `loss`."""
+        return self._attached.passes is not None
 
     def attach(self) -> None:
         """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
@@ -90,17 +115,18 @@ class Pruner:
         """
         if self.attached or self.report is not None:
             raise PruneError("this Pruner was attached before; make a new one for another run.")
-        if self.distillation is not None:
+        if self.distillation is not None and self._teacher is not None:
             teacher = load_teacher(self._teacher, self.model, self._tokenizer)
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
-        names = dict(self.model.named_parameters())
-        self._thawed = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
-        for parameter in self._thawed:
+        names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
+        with restored_on_error(self.model):
+            for gate in recipe.gates:
+                gate.insert(self.model)
+        self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
+        for parameter in self._frozen:
             parameter.requires_grad_(False)
-        for gate in recipe.gates:
-            gate.insert(self.model)
         self.recipe = recipe
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> PruneOptimizer:
@@ -133,7 +159,8 @@ class Pruner:
         return kinds
 
     def _trains(self, parameter: nn.Parameter) -> bool:
-        return self.phase.trainable is None or self.phase.trainable(self._names[parameter])
+        name = self._names.get(parameter)  # None: a parameter of the user's loss, say
+        return name is None or self.phase.trainable is None or self.phase.trainable(name)
 
     def check_schedule(self, total_steps: int) -> None:
         """Raise unless a run of `total_steps` optimizer steps reaches the goal by steps in between."""
@@ -152,14 +179,22 @@ class Pruner:
         recipe = self._attached
         if step == self._step:
             return
+        if total_steps < 1:
+            raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             share = recipe.schedule(self._progress) if recipe.schedule else self._progress
             self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            recipe.controller.observe({"progress": self._progress, "sparsity": self.sparsity})
-            self.phase = recipe.controller.phase(step)
+            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
+        controller = self._attached.controller
+        if controller is not None:
+            controller.observe(metrics)
+            self.phase = controller.phase(max(self._step, 0))
 
     def _set_plan(self, plan: Plan) -> None:
         for gate in self._attached.gates:
@@ -181,9 +216,20 @@ class Pruner:
         schedule = self._attached.schedule
         return schedule is None or schedule(self._progress) >= 1.0
 
+    def batch_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The training loss of one labelled batch, by the method's own passes where it has them.
+
+        model: what the loop calls: the pruned model, or what wraps it (DDP, compile).
+        """
+        passes = self._attached.passes
+        if passes is not None:
+            return passes(self, model, inputs)
+        outputs = model(**inputs, **self.student_inputs)
+        return self.loss(outputs.loss, outputs, inputs)
+
     def loss(
         self,
-        task_loss: Tensor,
+        task_loss: Tensor | None,
         outputs: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
         *,
@@ -192,18 +238,25 @@ class Pruner:
         """The training loss of one batch: task, distillation and penalties.
 
         `scale` multiplies what is added to the task loss; pass `1 / accumulation steps` where the task loss has
-        already been divided. `outputs` and `inputs` are needed with a teacher.
+        already been divided. `outputs` and `inputs` are needed with a teacher. Without labels there is no task loss:
+        None is taken where `DistillConfig(alpha=1)` does not count it.
         """
-        total, terms = task_loss, {}
+        recipe, share = self._attached, 1.0
+        terms: dict[str, Tensor] = {}
         if self.distiller is not None:
             if outputs is None or inputs is None:
                 raise PruneError("distillation needs the model's outputs and inputs: loss(task_loss, outputs, inputs).")
             terms = self.distiller.terms(outputs, inputs)
-            total = (1.0 - self.distiller.config.alpha) * task_loss
+            share -= self.distiller.config.alpha
         if self.phase.penalties_active:
-            terms = terms | {name: penalty(self._progress) for name, penalty in self._attached.penalties.items()}
+            terms |= {name: penalty(self._progress) for name, penalty in recipe.penalties.items()}
         self._last_terms = {name: term.detach() for name, term in terms.items()}
-        return total + scale * sum(terms.values()) if terms else total
+        added = [scale * term for term in terms.values()]
+        if share == 0.0:
+            return reduce(torch.add, added)
+        if task_loss is None:
+            raise PruneError("there is no task loss; give the model labels, or train on a teacher alone with alpha=1.")
+        return reduce(torch.add, added, share * task_loss)
 
     @property
     def student_inputs(self) -> dict[str, Any]:
@@ -213,18 +266,20 @@ class Pruner:
     def logs(self) -> dict[str, float]:
         """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
-        if hasattr(self._attached.controller, "weight"):
-            values["penalty_weight"] = self._attached.controller.weight
-        return values
+        weight = getattr(self._attached.controller, "weight", None)
+        return values if weight is None else {**values, "penalty_weight": weight}
 
     def baked(self) -> tuple[nn.Module, Report]:
         """A finished copy of the model as it is now; the run goes on untouched."""
         return self._bake(copy_with_gates(self.model))
 
     def finalize(self) -> Report:
-        """Fold the gates, shrink what lost units, and leave a plain model; returns what was done."""
+        """Fold the gates, shrink what lost units, and leave a plain model; returns what was done.
+
+        Where it raises, no score or mask is lost, and it can be called again.
+        """
         _, report = self._bake(self.model)
-        for parameter in self._thawed:
+        for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.recipe, self.distiller, self._last_terms = None, None, {}
         self.report = report
@@ -234,16 +289,17 @@ class Pruner:
         recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
         was_training = model.training
         model.eval()  # gates that are random while training fold their deterministic value
-        for gate in recipe.gates:
-            gate.fold(model)
-        model.train(was_training)
+        try:
+            for gate in recipe.gates:
+                gate.fold(model)
+        finally:
+            model.train(was_training)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
-        frozen = {name: g.frozen for name, g in self.graph.groups.items() if g.frozen} if groups else {}
-        report = summarise(recipe.structures, plan).report(self.config, self.method.PAPER, model, frozen)
+        report = summarise(recipe.structures, plan).report(
+            self.config, self.method.PAPER, model, self.graph.frozen if groups else {}
+        )
         if groups:
-            from hf_prune import graph
-
-            graph.shrink(model, self.graph.traced, groups)
+            _shrink(model, self.graph, groups)
         return model, report
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,6 +336,16 @@ class Pruner:
             state = "finalized" if self.report is not None else "not attached yet"
             raise PruneError(f"this Pruner is {state}; call attach() first, and finalize() last.")
         return self.recipe
+
+
+def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
+    """Remove the units that `plan` drops, and note it in the config, so that any save of the model can be loaded."""
+    from hf_prune.checkpoint import mark
+    from hf_prune.graph import shrink
+
+    table = shrink(model, graph.traced, plan)
+    if isinstance(model, PreTrainedModel):
+        mark(model, table)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

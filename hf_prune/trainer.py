@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer
@@ -15,7 +16,7 @@ from hf_prune.parts.distillation import DistillConfig
 from hf_prune.pruner import Pruner
 from hf_prune.types import PruneError, Report
 
-FINAL_HUB_STRATEGY = "end"
+FINAL_HUB_STRATEGY = HubStrategy.END
 
 
 class PruneTrainer(Trainer):
@@ -49,11 +50,12 @@ class PruneTrainer(Trainer):
                 "DeepSpeed and FSDP shard the weights that masks are made of, which PruneTrainer does not support; "
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
+        assert self.model is not None  # Trainer itself refuses to be made without one
         self.pruner = Pruner(
             self.model,
             pruning,
-            example_inputs=self._example_inputs() if self.train_dataset is not None else None,
-            teacher=str(teacher) if isinstance(teacher, Path) else teacher,
+            example_inputs=self._example_inputs if self.train_dataset is not None else None,
+            teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
         )
@@ -75,26 +77,31 @@ class PruneTrainer(Trainer):
         output = super().train(*args, **kwargs)
         self.pruner.finalize()
         # The optimizer and every wrapper still hold parameters that the plain model no longer has.
-        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+        self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.pruner.model
         self.accelerator.free_memory()
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, wrapped once."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, PruneOptimizer):
-            self.optimizer = self.pruner.wrap(optimizer)
-        return self.optimizer
+            optimizer = self.optimizer = self.pruner.wrap(optimizer)
+        return optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
+        """Task loss, distillation and penalties while training; Trainer's loss elsewhere."""
         if not (model.training and self.pruner.attached):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        student_inputs = {**inputs, **self.pruner.student_inputs}
-        task_loss, outputs = super().compute_loss(model, student_inputs, return_outputs=True, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         # A loss function of the user's own divides by all accumulated items, and Trainer then divides nothing.
         scale = 1.0 / self.current_gradient_accumulation_steps if self.compute_loss_func is not None else 1.0
-        loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
+        if self.pruner.has_passes:
+            loss, outputs = scale * self.pruner.batch_loss(model, inputs), {}
+        else:
+            student_inputs = {**inputs, **self.pruner.student_inputs}
+            task_loss, outputs = super().compute_loss(model, student_inputs, True, *args, **kwargs)
+            loss = self.pruner.loss(task_loss, outputs, inputs, scale=scale)
         if self.args.fp16 is False and not bool(torch.isfinite(loss)):
             raise PruneError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; training has diverged. "
@@ -104,6 +111,7 @@ class PruneTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's logs, with sparsity and loss terms beside the loss."""
         if self.pruner.attached and "loss" in logs:
             logs = {**logs, **self.pruner.logs()}
         super().log(logs, *args, **kwargs)
@@ -113,7 +121,7 @@ class PruneTrainer(Trainer):
         if self.pruner.attached and _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
-            self._save_compact(output_dir or self.args.output_dir)
+            self._save_compact(str(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -125,15 +133,21 @@ class PruneTrainer(Trainer):
         torch.save(self.args, Path(folder) / "training_args.bin")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`, once the model is finished."""
         if self.pruner.attached:
             raise PruneError(
-                "the model is not finished: its masks are still being trained. Call push_to_hub after train() has ended."
+                "the model is not finished: its masks are still being trained. "
+                "Call push_to_hub after train() has ended."
             )
         return super().push_to_hub(*args, **kwargs)
 
     def _example_inputs(self) -> dict[str, Any]:
         """One collated batch without labels, for methods that trace the model."""
-        batch = next(iter(self.get_train_dataloader()))
+        loader = self.get_train_dataloader()
+        # Not through accelerate's wrapper, which would take this for the epoch under way; and the order in which the
+        # run will read its rows must not depend on whether a method looks at the model's graph.
+        with torch.random.fork_rng(devices=()):
+            batch = self._prepare_inputs(next(iter(getattr(loader, "base_dataloader", loader))))
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
 
 
@@ -154,14 +168,25 @@ class _PruneCallback(TrainerCallback):
             # A checkpoint that is not sparse enough yet must never count as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        if self.pruner.attached and metrics:
+            self.pruner.observe(metrics)
+
 
 def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
     if model_init is not None:
         raise PruneError("PruneTrainer prunes the model it is given; pass model= instead of model_init=.")
+    if args.n_gpu > 1:
+        raise PruneError(
+            f"{args.n_gpu} GPUs in one process train on copies of the model, which masks do not follow; "
+            "start one process for each GPU with `accelerate launch`, or show this one a single GPU."
+        )
     if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
         raise PruneError(
-            f"hub_strategy={args.hub_strategy.value!r} would push checkpoints that only this run can read; "
-            f"set hub_strategy={FINAL_HUB_STRATEGY!r}."
+            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "
+            f"can read; set hub_strategy={FINAL_HUB_STRATEGY.value!r}."
         )
 
 

@@ -73,9 +73,25 @@ class Group:
 class Structure(Protocol):
     """How one or several weights divide into units (see `parts.structures`)."""
 
-    name: str
-    units: int
-    tensors: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """Key in scores, plans and reports."""
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+
+    @property
+    def unit_size(self) -> int:
+        """Weights (not biases or norm parameters) in one unit."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that the units are made of."""
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Those of `tensors` whose outputs the units are; the others read them."""
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         """`weight` regrouped as `(units, elems)`; `tensor` says which of `self.tensors` it is."""

@@ -656,5 +656,5 @@ def test_undocumented_names_are_there():
 def test_missing_undocumented_name_is_named(monkeypatch, saved_bert):
     gone = {transformers_hook.HfQuantizer: ("_no_such_method",)}
     monkeypatch.setattr(transformers_hook, "UNDOCUMENTED", gone)
-    with pytest.raises(ImportError, match="HfQuantizer._no_such_method.*5.23.0"):
+    with pytest.raises(ImportError, match=r"HfQuantizer\._no_such_method.*5\.23\.0"):
         AutoModelForSequenceClassification.from_pretrained(saved_bert)

@@ -15,6 +15,7 @@ from hf_prune.parts.gates import ScoreGate
 from hf_prune.parts.schedules import cubic
 from hf_prune.parts.selection import top_k
 from hf_prune.parts.structures import Blocks, Elements, Slices
+from hf_prune.testing import tiny_text_model
 
 STRUCTURES = {
     "element": lambda shape: Elements("weight", shape),
@@ -131,7 +132,7 @@ def test_exact_count_per_matrix(sparsity: float) -> None:
 
 
 def test_hard_concrete_by_hand() -> None:
-    """Outside training a gate is 0 iff S <= log(1/11) = -2.398; the start 2.197 gives 0.98; penalty sigmoid(S + 1.599)."""
+    """In eval mode a gate is 0 iff S <= log(1/11) = -2.398; 2.197 at first gives 0.98; penalty sigmoid(S + 1.599)."""
     assert pytest.approx(-2.3979, abs=1e-4) == movement.CLOSED
     gate = movement.HardConcreteGate(Elements("w", (1, 4)), torch.device("cpu"), seed=0)
     gate.owner.eval()
@@ -152,6 +153,16 @@ def test_hard_concrete_draws_once_per_optimizer_step() -> None:
     second = gate.owner.gate()
     assert not torch.equal(first, second)
     assert ((first == 0).any() and (first == 1).any()) and first.min() >= 0 and first.max() <= 1
+
+
+def test_hard_concrete_noise_differs_between_weights_seeds_and_steps() -> None:
+    gates = {
+        (seed, name): movement.HardConcreteGate(Elements(name, (4, 50)), torch.device("cpu"), seed=seed, init=0.0)
+        for seed in (0, 1)
+        for name in ("a", "b")
+    }
+    draws = [gate.owner.gate() for gate in gates.values()]
+    assert not any(torch.equal(x, y) for i, x in enumerate(draws) for y in draws[:i])
 
 
 def test_soft_penalty_carries_the_sigmoid_derivative() -> None:
@@ -183,3 +194,35 @@ def test_l0_without_a_goal_prunes_exactly_the_closed_gates() -> None:
     assert report.sparsity == pytest.approx(closed.double().mean().item())
     stretched = (scores.sigmoid() * 1.2 - 0.1).clamp(0, 1).view(8, 8)
     assert torch.allclose(model[0].weight, dense * stretched)
+
+
+def test_hybrid_removes_tied_neurons_and_blocks() -> None:
+    """Acceptance E: zero rows of FFN-in == zero columns of FFN-out; the narrow model is as small as the plan says."""
+    model = tiny_text_model().eval()
+    dense_size = sum(parameter.numel() for parameter in model.parameters())
+    batch = {"input_ids": torch.randint(0, 40, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    config = MovementConfig(final_sparsity=0.6, structure="hybrid", block_shape=(4, 4), begin=0.0, end=0.5)
+    pruner = Pruner(model, config, example_inputs=batch)
+    pruner.attach()
+    with torch.no_grad():
+        for gate in pruner.recipe.gates:
+            gate.owner.scores.normal_()
+    pruner.step(10, 10)
+    plan = {name: keep.clone() for name, keep in pruner.plan.items()}
+    for i, layer in enumerate(model.bert.encoder.layer):
+        rows = (layer.intermediate.dense.weight != 0).any(1)
+        columns = (layer.output.dense.weight != 0).any(0)
+        neurons = next(keep for name, keep in plan.items() if f"layer.{i}.intermediate" in name)
+        assert torch.equal(rows, neurons) and torch.equal(columns, neurons)
+        assert not layer.intermediate.dense.bias[~neurons].any()
+    with torch.no_grad():
+        masked = model(**batch).logits
+        report = pruner.finalize()
+        assert (model(**batch).logits - masked).abs().max() < 1e-5
+    removed = sum(int((~keep).sum()) * (2 * 16 + 1) for name, keep in plan.items() if len(keep) == 32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == dense_size - removed
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+    blocks = model.bert.encoder.layer[0].attention.self.query.weight.view(4, 4, 4, 4).permute(0, 2, 1, 3)
+    assert torch.equal(
+        (blocks != 0).any(-1).any(-1).flatten(), plan["bert.encoder.layer.0.attention.self.query.weight"]
+    )

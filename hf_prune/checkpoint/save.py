@@ -19,7 +19,7 @@ from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, pa
 from hf_prune.checkpoint.names import disk_names, packable, state_on_disk, table_on_disk
 from hf_prune.checkpoint.staging import staged
 from hf_prune.checkpoint.standalone import MODULE_FILE, auto_map, module_source
-from hf_prune.graph.resize import shape_table
+from hf_prune.graph.resize import Attributes, shape_table
 from hf_prune.graph.table import tensors_of
 from hf_prune.types import PruneError, Report, ShapeTable
 
@@ -77,14 +77,18 @@ def save_pretrained(
             processing_class.save_pretrained(new)
 
 
-def mark(model: PreTrainedModel) -> None:
-    """Put what makes `model` narrow into its config, so that its own `save_pretrained` writes a folder that loads."""
-    table = CheckpointTable(table_on_disk(narrow_table(model), disk_names(model)))
+def mark(model: PreTrainedModel, recorded: ShapeTable | None = None) -> None:
+    """Put what makes `model` narrow into its config, so that its own `save_pretrained` writes a folder that loads.
+
+    recorded: what `graph.shrink` returned; module attributes in it are kept where comparing sizes could not find them.
+    """
+    narrow = narrow_table(model, recorded.attributes if recorded else {})
+    table = CheckpointTable(table_on_disk(narrow, disk_names(model)))
     if table:
         model.config.quantization_config = to_dict(table)
 
 
-def narrow_table(model: PreTrainedModel) -> ShapeTable:
+def narrow_table(model: PreTrainedModel, recorded: Attributes | None = None) -> ShapeTable:
     """How `model` is narrower than its config says. Raises `CheckpointError` while gates are attached."""
     known = getattr(model.config, "quantization_config", None)
     if known is not None and (not isinstance(known, dict) or known.get("quant_method") != QUANT_METHOD):
@@ -92,9 +96,10 @@ def narrow_table(model: PreTrainedModel) -> ShapeTable:
             f"model.config.quantization_config must be absent or hf_prune's, got {known!r}; a model has one "
             f"quantization method, so prune and save before quantizing."
         )
-    recorded = parse(known).narrow.attributes if known else {}
+    before = parse(known).narrow.attributes if known else {}
+    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
     config = copy.deepcopy(model.config)
-    return shape_table(model, lambda: type(model)(config), recorded)
+    return shape_table(model, lambda: type(model)(config), {**before, **changed})
 
 
 def _pack(model: PreTrainedModel, names: dict[str, str], encode: str) -> tuple[dict[str, Tensor], dict[str, Packed]]:

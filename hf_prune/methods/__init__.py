@@ -10,6 +10,7 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""

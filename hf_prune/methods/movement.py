@@ -29,8 +29,9 @@ from hf_prune.config import Goal, PruneConfig, require_choice, require_range
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.controllers import DualAscent
 from hf_prune.parts.gates import MaskGate, ScoreGate, ScoreMask
+from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.scores import magnitude
+from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import keep_highest, top_k
 from hf_prune.types import Paper, Plan, Schedule, Structure
 
@@ -50,6 +51,7 @@ NEEDS_TRAINING = True
 GOALS = ("final_sparsity",)
 
 VARIANTS = ("hard", "soft", "l0", "magnitude")
+SCORE_OPTIMIZERS = ("inner", "sgd")
 STRUCTURES = ("element", "block", "row", "column", "neuron", "hybrid")
 
 LEFT, RIGHT, BETA = -0.1, 1.1, 2 / 3  # stretch interval and temperature of the hard concrete, section 5
@@ -70,6 +72,9 @@ class MovementConfig(PruneConfig):
     variant: str = "hard"  # "hard" (top-k), "soft" (threshold and penalty), "l0" (hard concrete), "magnitude"
     block_shape: tuple[int, int] = (32, 32)  # rows, columns of a unit for structure "block" and "hybrid"
     score_lr: float = 1e-2  # learning rate of the scores at the peak of the schedule (L0 in the paper: 1e-1)
+    score_optimizer: str = (
+        "inner"  # "inner": the weights' own optimizer, as in the paper's runs; "sgd": as in its eq. 4
+    )
     score_init: float | None = None  # first score; None: 0, and 2.197 for L0
     threshold: float = 0.1  # soft: a unit stays while sigmoid(score) exceeds this at the end
     penalty_weight: float | None = None  # soft and L0: lambda; None: the paper's 400 and 125
@@ -80,11 +85,14 @@ class MovementConfig(PruneConfig):
         super().__post_init__()
         require_choice("variant", self.variant, VARIANTS)
         require_choice("structure", self.structure, STRUCTURES)
+        require_choice("score_optimizer", self.score_optimizer, SCORE_OPTIMIZERS)
         require_range("threshold", self.threshold, 0.0, 1.0, closed_left=False, closed_right=False)
-        if self.score_lr <= 0:
-            raise ValueError(f"score_lr must be > 0, got {self.score_lr}: with it the scores would never change.")
-        if min(self.block_shape) < 1 or len(self.block_shape) != 2:
-            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape}.")
+        require_range("score_lr", self.score_lr, 0.0, math.inf, closed_left=False, closed_right=False)
+        require_range("score_init", self.first_score, -math.inf, math.inf, closed_left=False, closed_right=False)
+        require_range("penalty_weight", self.first_penalty, 0.0, math.inf, closed_right=False)
+        require_range("penalty_gain", self.penalty_gain, 0.0, math.inf, closed_right=False)
+        if not _is_block(self.block_shape):
+            raise ValueError(f"block_shape must be two positive sizes (rows, columns), got {self.block_shape!r}.")
         if self.variant in PAPER_PENALTY and self.first_penalty <= 0:
             raise ValueError(
                 f"penalty_weight must be > 0 for variant {self.variant!r}, got {self.penalty_weight}: "
@@ -99,18 +107,26 @@ class MovementConfig(PruneConfig):
 
     @property
     def first_penalty(self) -> float:
+        """Lambda where the run starts."""
         return PAPER_PENALTY.get(self.variant, 0.0) if self.penalty_weight is None else self.penalty_weight
 
     @property
     def first_score(self) -> float:
+        """Every score where the run starts."""
         return PAPER_SCORE.get(self.variant, 0.0) if self.score_init is None else self.score_init
+
+
+def _is_block(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)
 
 
 Config = MovementConfig
 
 
 class HardConcreteMask(ScoreMask):
-    """Stretched, clamped concrete gates: random in (0, 1) while training, their mean's image outside (Louizos, eq. 10-13)."""
+    """Stretched, clamped concrete gates: random while training, their mean's image outside (Louizos, eq. 10-13)."""
+
+    draw: Tensor
 
     def __init__(self, *arguments: Any, seed: int, **mask_arguments: Any) -> None:
         super().__init__(*arguments, **mask_arguments)
@@ -119,6 +135,7 @@ class HardConcreteMask(ScoreMask):
             self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """`weight` times the gate of its unit."""
         gate = self.owner.gate().to(weight.dtype) * self.owner.keep
         if weight.ndim == 1:
             gate = (gate > 0).to(weight.dtype)  # a closed unit's bias goes, an open one's is not scaled
@@ -126,22 +143,27 @@ class HardConcreteMask(ScoreMask):
 
     def gate(self) -> Tensor:
         """Gate values in [0, 1], shape `(units,)`; the same draw for every call between two optimizer steps."""
-        logits = self.scores
+        logits: Tensor = self.scores
         if self.training:
-            generator = torch.Generator().manual_seed((self.seed << 32) + int(self.draw))
-            u = torch.rand(self.scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).to(self.scores.device)
+            stream = generator(self.seed, self.structure.name, int(self.draw))
+            u = torch.rand(self.scores.shape, generator=stream).clamp(1e-4, 1 - 1e-4).to(self.scores.device)
             logits = (u.log() - (1 - u).log() + self.scores) / BETA
         return (logits.sigmoid() * (RIGHT - LEFT) + LEFT).clamp(0.0, 1.0)
 
 
 class HardConcreteGate(ScoreGate):
+    """A gate that closes by itself where its score falls low enough."""
+
     mask_type = HardConcreteMask
+    owner: HardConcreteMask
 
     def keep(self) -> Tensor:
+        """The plan, without the units whose gates have closed."""
         return self.owner.keep & (self.scores() > CLOSED)
 
 
 def build(model: nn.Module, graph: Any, config: MovementConfig) -> Recipe:
+    """The recipe of `config.variant` over the units of `config.structure`."""
     units = _structures(model, graph, config)
     device = next(model.parameters()).device
     schedule = schedules.cubic(config.begin, config.end)
@@ -187,7 +209,7 @@ def _hard(
         "gates": gates,
         "scores": lambda: {gate.name: gate.scores() for gate in gates},
         "selection": top_k(units, _goal(config), scope=config.scope, min_keep=config.min_keep),
-        "optimizers": _score_group(config),
+        "optimizers": _score_optimizer(config),
     }
 
 
@@ -196,7 +218,7 @@ def _magnitude(
 ) -> dict:
     return {
         "gates": [MaskGate(each, device) for each in units],
-        "scores": magnitude(model, units),
+        "scores": unit_norms(model, units, order=1),
         "selection": top_k(units, _goal(config), scope=config.scope, min_keep=config.min_keep),
     }
 
@@ -251,7 +273,7 @@ def _penalised(
     parts = {
         "gates": gates,
         "scores": lambda: {gate.name: gate.scores() for gate in gates},
-        "optimizers": _score_group(config),
+        "optimizers": _score_optimizer(config),
         "selection": natural,
         "weight": lambda progress: config.first_penalty,
     }
@@ -272,7 +294,9 @@ def _goal(config: MovementConfig) -> Goal:
     return config.goal
 
 
-def _score_group(config: MovementConfig) -> dict[str, dict[str, float]]:
+def _score_optimizer(config: MovementConfig) -> dict[str, Any]:
+    if config.score_optimizer == "sgd":
+        return {"scores": lambda scores: torch.optim.SGD(scores, lr=config.score_lr)}
     return {"scores": {"lr": config.score_lr, "weight_decay": 0.0}}
 
 
@@ -290,6 +314,7 @@ TINY = {
     "hard_column": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="column"),
     "hard_neuron": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="neuron"),
     "hard_hybrid": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, structure="hybrid", block_shape=(4, 4)),
+    "hard_sgd": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, score_optimizer="sgd"),
     "soft": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="soft"),
     "l0": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="l0", score_lr=0.1),
     "magnitude": MovementConfig(final_sparsity=0.5, begin=0.2, end=0.6, variant="magnitude"),

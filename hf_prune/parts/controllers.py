@@ -16,9 +16,10 @@ _MOST_GAP = 0.1  # scores need many steps to reach the threshold; until then a l
 class DualAscent:
     """The weight of a penalty, raised while the model is less sparse than scheduled and lowered while it is more so.
 
-    With gap = wanted - reached sparsity (at most 0.1 either way), `log(weight / first weight) = gain * gap + 2 * gain * (integral of gap over
-    progress)`: the multiplier of an augmented Lagrangian, in logarithms because the right scale is unknown. Scores
-    integrate the penalty's gradient themselves, so the first term, which forgets, is what keeps the loop from swinging.
+    With gap = wanted - reached sparsity (at most 0.1 either way),
+    `log(weight / first weight) = gain * gap + 2 * gain * (integral of gap over progress)`:
+    the multiplier of an augmented Lagrangian, in logarithms because the right scale is unknown. Scores integrate the
+    penalty's gradient themselves, so the first term, which forgets, is what keeps the loop from swinging.
     """
 
     def __init__(self, weight: float, goal: Goal, schedule: Schedule, *, gain: float) -> None:
@@ -31,9 +32,11 @@ class DualAscent:
         return self.first * math.exp(self.gain * self.gap + self.memory)
 
     def phase(self, step: int) -> Phase:
+        """Always the same one: everything trains."""
         return Phase("train")
 
     def observe(self, metrics: Mapping[str, float]) -> None:
+        """Move the weight after an optimizer step."""
         if "progress" not in metrics:
             return
         gap = 1.0 - self.goal.kept(self.schedule(metrics["progress"])) - metrics["sparsity"]
@@ -43,7 +46,9 @@ class DualAscent:
         self.progress = metrics["progress"]
 
     def state_dict(self) -> dict[str, Any]:
+        """The two terms, and the progress up to which the integral runs."""
         return {"gap": self.gap, "memory": self.memory, "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
         self.gap, self.memory, self.progress = state["gap"], state["memory"], state["progress"]

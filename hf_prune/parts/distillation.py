@@ -68,7 +68,7 @@ class Distiller:
     """
 
     def __init__(self, teachers: Sequence[nn.Module], config: DistillConfig, student: nn.Module) -> None:
-        self.teachers = tuple(teacher.requires_grad_(False).eval() for teacher in teachers)
+        self.teachers = tuple(teachers)
         self.config = config
         if (config.hidden_weight or config.attention_weight) and len(self.teachers) > 1:
             raise PruneError("hidden_weight and attention_weight compare layers of one teacher, got several teachers.")
@@ -79,8 +79,8 @@ class Distiller:
             ours, theirs = (getattr(m.config, "hidden_size", None) for m in (student, teacher))
             if self.config.hidden_weight and ours != theirs:
                 raise PruneError(
-                    f"hidden_weight compares hidden states of equal width, got {ours} (student) and {theirs} (teacher); "
-                    "set hidden_weight=0 or choose a teacher of the student's width."
+                    f"hidden_weight compares hidden states of equal width, got {ours} (student) and {theirs} "
+                    "(teacher); set hidden_weight=0 or choose a teacher of the student's width."
                 )
 
     def terms(self, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -121,8 +121,8 @@ class Distiller:
             student, teachers = outputs[name], [answer[name] for answer in taught]
             if student.shape != teachers[0].shape:
                 raise PruneError(
-                    f"student and teacher disagree on {name}: {tuple(student.shape)} against {tuple(teachers[0].shape)}; "
-                    "use a teacher with the same labels and tokenizer."
+                    f"student and teacher disagree on {name}: {tuple(student.shape)} against "
+                    f"{tuple(teachers[0].shape)}; use a teacher with the same labels and tokenizer."
                 )
             mean = _mean_teacher(teachers, self.config.temperature)
             terms.append(kl_divergence(student, mean, self.config.temperature, valid if student.ndim > 2 else None))

@@ -7,12 +7,14 @@ afterwards the model has its own parameters only, with removed units exactly zer
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from hf_prune.types import PruneError, Structure
 
@@ -22,15 +24,24 @@ class Gate(Protocol):
 
     name: str
 
-    def insert(self, model: nn.Module) -> None: ...
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def set_keep(self, keep: Tensor) -> None: ...
-    def keep(self) -> Tensor: ...
-    def fold(self, model: nn.Module) -> None: ...
+    def insert(self, model: nn.Module) -> None:
+        """Take its place in `model`, whose outputs stay as they are."""
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What it learns, each with its kind."""
+
+    def set_keep(self, keep: Tensor) -> None:
+        """Follow the plan: bool, `(units,)`."""
+
+    def keep(self) -> Tensor:
+        """Which units stay as things are: bool, `(units,)`."""
+
+    def fold(self, model: nn.Module) -> None:
+        """Leave `model`, or a copy of it, with plain parameters and the outputs that it has in eval mode."""
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`weight` where kept, else 0. Backward: the mask for the weight, the identity for the scores (Sanh 2020, eq. 4)."""
+    """`weight` where kept, else 0. Backward: mask for the weight, identity for the scores (Sanh 2020, section 4)."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, keep: Tensor, structure: Structure, tensor: str) -> Tensor:
@@ -48,21 +59,25 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class Mask(nn.Module):
-    """The parametrization of one tensor: multiplies it by the keep mask that the gate's first tensor owns."""
+    """The parametrization of one tensor: zero where the keep mask, which the gate's first tensor owns, says so."""
 
-    def __init__(self, structure: Structure, tensor: str, owner: Mask | None, device: torch.device) -> None:
+    keep: Tensor
+
+    def __init__(self, structure: Structure, tensor: str, owner: Self | None, device: torch.device) -> None:
         super().__init__()
         self.structure, self.tensor = structure, tensor
         # In a tuple, so that a mask shared by several tensors is registered, saved and moved once.
-        self._owner = (owner,) if owner is not None else ()
+        self._owner: tuple[Self, ...] = (owner,) if owner is not None else ()
         if owner is None:
             self.register_buffer("keep", torch.ones(structure.units, dtype=torch.bool, device=device))
 
     @property
-    def owner(self) -> Mask:
+    def owner(self) -> Self:
+        """The mask of the gate's first tensor."""
         return self._owner[0] if self._owner else self
 
     def forward(self, weight: Tensor) -> Tensor:
+        """`weight` where kept, else 0."""
         return _zero_unless(self.structure.expand(self.owner.keep, self.tensor), weight)
 
 
@@ -73,7 +88,7 @@ class ScoreMask(Mask):
     """
 
     def __init__(
-        self, structure: Structure, tensor: str, owner: Mask | None, device: torch.device, init: float = 0.0
+        self, structure: Structure, tensor: str, owner: Self | None, device: torch.device, init: float = 0.0
     ) -> None:
         super().__init__(structure, tensor, owner, device)
         if owner is None:
@@ -81,6 +96,7 @@ class ScoreMask(Mask):
             self.scores = nn.Parameter(torch.full((structure.units,), init, dtype=torch.float32, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """`weight` where kept, else 0."""
         if weight.ndim == 1:
             return super().forward(weight)
         owner = self.owner
@@ -107,17 +123,21 @@ class MaskGate:
         return self.masks[self.structure.tensors[0]]
 
     def insert(self, model: nn.Module) -> None:
+        """Put a mask over every tensor of the structure."""
         for tensor, mask in self.masks.items():
             module, attribute = _locate(model, tensor)
             parametrize.register_parametrization(module, attribute, mask)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The learned scores, where there are any, under the kind "scores"."""
         return self.owner.named_parameters()
 
     def set_keep(self, keep: Tensor) -> None:
+        """Mask what the plan removes, until it says otherwise."""
         self.owner.keep.copy_(keep)
 
     def keep(self) -> Tensor:
+        """The plan as it was last set."""
         return self.owner.keep
 
     def fold(self, model: nn.Module) -> None:
@@ -131,8 +151,7 @@ class MaskGate:
 class ScoreGate(MaskGate):
     """A mask with one learned score per unit."""
 
-    mask_type = ScoreMask
-
+    mask_type: type[ScoreMask] = ScoreMask
     owner: ScoreMask
 
     def scores(self) -> Tensor:
@@ -154,15 +173,40 @@ def copy_with_gates(model: nn.Module) -> nn.Module:
     return copied
 
 
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the modules, parameters, buffers and hooks of `model` back where they were if the block raises."""
+    # Parametrizing swaps a module's class and moves its parameters; both are undone, values were not touched.
+    before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
+
+
 def refuse_parametrized(model: nn.Module, tensors: Iterable[str]) -> None:
     """Raise unless every tensor is a plain parameter: masks do not stack on another tool's parametrization."""
     for tensor in tensors:
         module, attribute = _locate(model, tensor)
         if parametrize.is_parametrized(module, attribute):
+            other = type(parametrizations(module, attribute)[0]).__name__
             raise PruneError(
-                f"{tensor!r} already has a parametrization ({module.parametrizations[attribute][0].__class__.__name__}); "
+                f"{tensor!r} already has a parametrization ({other}); "
                 "finish the other run first (Pruner.finalize) or remove it with torch.nn.utils.parametrize."
             )
+
+
+def parametrizations(module: nn.Module, attribute: str) -> ParametrizationList:
+    """What stands between the trained parameter `attribute` of a parametrized module and its readers."""
+    return cast(ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[attribute])
 
 
 def _zero_unless(keep: Tensor, values: Tensor) -> Tensor:

@@ -23,8 +23,11 @@ class Controller(Protocol):
     def observe(self, metrics: Mapping[str, float]) -> None:
         """`progress` and `sparsity` after every optimizer step; evaluation metrics after every evaluation."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted run needs; plain numbers, strings and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Recipe:
         default_factory=dict
     )
     """Kind of gate parameter -> options of a group in the user's optimizer (`lr`), or a factory of one of its own."""
-    passes: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
-    """`(pruner, inputs) -> loss`, in place of the single forward pass."""
+    passes: Callable[[Any, nn.Module, Mapping[str, Any]], Tensor] | None = None
+    """`(pruner, model, inputs) -> loss`, in place of the single forward pass. `model` is the one to call: it may wrap
+    the pruned one (DDP, compile). `pruner.loss` adds distillation and penalties to the task loss of a pass."""
     frozen: Sequence[str] = ()
     """Parameters that do not train in this run at all."""

@@ -8,25 +8,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_prune.parts.gates import parametrizations
 from hf_prune.types import Structure
 
 
-def magnitude(model: nn.Module, structures: Sequence[Structure]) -> Callable[[], Mapping[str, Tensor]]:
-    """Mean absolute weight of each unit, over its weights and not its biases; reads the dense weights under a mask."""
+def unit_norms(model: nn.Module, structures: Sequence[Structure], *, order: int) -> Callable[[], Mapping[str, Tensor]]:
+    """Mean absolute weight (`order` 1) or root mean square (2) of each unit; reads the dense weights under a mask.
+
+    Weights count, biases and norm parameters do not; of a group, the tensors that produce it.
+    """
 
     @torch.no_grad()
     def scores() -> dict[str, Tensor]:
-        return {structure.name: _mean_absolute(model, structure) for structure in structures}
+        return {structure.name: _unit_norm(model, structure, order) for structure in structures}
 
     return scores
 
 
-def _mean_absolute(model: nn.Module, structure: Structure) -> Tensor:
-    weights = {name: dense_parameter(model, name) for name in structure.tensors}
-    views = [structure.view(weight.float().abs(), name) for name, weight in weights.items() if weight.ndim > 1]
-    if len(views) == 1 and views[0].shape[1] == 1:
-        return views[0][:, 0]
-    return torch.cat(views, dim=1).mean(1)
+def _unit_norm(model: nn.Module, structure: Structure, order: int) -> Tensor:
+    weights = {name: dense_parameter(model, name) for name in structure.producers}
+    views = [structure.view(weight.float(), name) for name, weight in weights.items() if weight.ndim > 1]
+    units = views[0] if len(views) == 1 else torch.cat(views, dim=1)
+    if units.shape[1] == 1:
+        return units[:, 0].abs()
+    return units.abs().mean(1) if order == 1 else units.square().mean(1).sqrt()
 
 
 def dense_parameter(model: nn.Module, tensor: str) -> Tensor:
@@ -34,5 +39,5 @@ def dense_parameter(model: nn.Module, tensor: str) -> Tensor:
     path, _, attribute = tensor.rpartition(".")
     module = model.get_submodule(path)
     if parametrize.is_parametrized(module, attribute):
-        return module.parametrizations[attribute].original
+        return parametrizations(module, attribute).original
     return getattr(module, attribute)

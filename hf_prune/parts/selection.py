@@ -18,12 +18,12 @@ _ROUNDING = 1e-6  # of one unit: 0.1 * 1000 must count as 100 units although 1 -
 
 
 def count_kept(kept: float, units: int) -> int:
-    """How many of `units` survive at the kept fraction: rounded down, the only place where a fraction becomes a count."""
+    """How many of `units` survive at the kept fraction, rounded down: the one place where it becomes a count."""
     return int(kept * units + _ROUNDING)
 
 
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Keep masks with exactly `count` True over all one-dimensional tensors together; of equal scores the first stay."""
+    """Keep masks with exactly `count` True over all (1-D) tensors together; of equal scores the first stay."""
     total = sum(s.numel() for s in scores)
     if count >= total:
         return [torch.ones_like(s, dtype=torch.bool) for s in scores]
@@ -71,7 +71,7 @@ def _pick(values: Tensor, chosen: Tensor) -> Tensor:
     """`values[chosen]` for few chosen values: eight flags at a time are looked at as one integer, which is faster."""
     whole = len(values) // 8 * 8
     words = chosen[:whole].view(torch.int64).nonzero()[:, 0]
-    near, flags = values[:whole].view(-1, 8)[words], chosen[:whole].view(-1, 8)[words]
+    near, flags = values[:whole].reshape(-1, 8)[words], chosen[:whole].view(-1, 8)[words]
     return torch.cat([near[flags], values[whole:][chosen[whole:]]])
 
 
@@ -81,7 +81,7 @@ def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: 
     Structures may have units of different size (a neuron beside a block): a unit then costs its number of weights and
     the ranking is walked from the top until the budget is spent.
     """
-    sizes = {s.name: unit_size(s) for s in structures}
+    sizes = {s.name: s.unit_size for s in structures}
     floors = {s.name: max(1, int(min_keep * s.units)) for s in structures}
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
@@ -94,12 +94,6 @@ def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: 
     return select
 
 
-def unit_size(structure: Structure) -> int:
-    """Weights (not biases or norm parameters) in one unit."""
-    shapes = dict(structure.shapes) if hasattr(structure, "shapes") else {structure.name: structure.shape}
-    return sum(torch.Size(shape).numel() for shape in shapes.values() if len(shape) > 1) // structure.units
-
-
 def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int], floors: Mapping[str, int]) -> Plan:
     names = list(scores)
     raised: dict[str, Tensor] = dict(scores)
@@ -110,6 +104,9 @@ def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int],
             break
         for name in short:
             raised[name] = scores[name].masked_fill(keep_highest([scores[name]], floors[name])[0], float("inf"))
+    else:
+        # The floors alone cost more than the goal leaves: they win.
+        return {n: plan[n] | keep_highest([s], floors[n])[0] for n, s in scores.items()}
     return plan
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_prune.graph import unit_indices
 from hf_prune.types import Group, Member, PruneError, Structure
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -28,16 +31,27 @@ class Elements:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
+
+    producers = tensors
 
     @property
     def units(self) -> int:
+        """One for each weight."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def unit_size(self) -> int:
+        """One weight."""
+        return 1
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(weights, 1)`, row-major."""
         return weight.reshape(-1, 1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """The same values in the weight's shape."""
         return keep.view(self.shape)
 
 
@@ -67,18 +81,29 @@ class Blocks:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
+
+    producers = tensors
 
     @property
     def units(self) -> int:
+        """One for each block, row-major."""
         return self._grid[0] * self._grid[1]
 
+    @property
+    def unit_size(self) -> int:
+        """Weights in a block."""
+        return self.block[0] * self.block[1]
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(blocks, rows * columns)`."""
         (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
         tiles = weight.reshape(grid_rows, rows, grid_columns, columns)
         return tiles.permute(0, 2, 1, 3).reshape(self.units, rows * columns)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value over its block."""
         (grid_rows, grid_columns), (rows, columns) = self._grid, self.block
         tiles = keep.view(grid_rows, 1, grid_columns, 1).expand(grid_rows, rows, grid_columns, columns)
         return tiles.reshape(self.shape)
@@ -94,16 +119,27 @@ class Slices:
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """The weight alone."""
         return (self.name,)
+
+    producers = tensors
 
     @property
     def units(self) -> int:
+        """The size of dimension `dim`."""
         return self.shape[self.dim]
 
+    @property
+    def unit_size(self) -> int:
+        """Weights in a slice."""
+        return torch.Size(self.shape).numel() // self.units
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`(slices, everything else)`."""
         return weight.movedim(self.dim, 0).reshape(self.units, -1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value over its slice."""
         return keep.view([-1 if d == self.dim else 1 for d in range(len(self.shape))]).expand(self.shape)
 
 
@@ -116,33 +152,64 @@ class GroupUnits:
 
     @property
     def name(self) -> str:
+        """The group's."""
         return self.group.name
 
     @property
     def units(self) -> int:
+        """The group's size."""
         return self.group.size
+
+    @cached_property
+    def unit_size(self) -> int:
+        """An equal share of the weights that belong to units, over all members, without biases and norm parameters."""
+        none = torch.zeros(self.units, dtype=torch.bool)
+        weights = [self.expand(none, name) for name, shape in self.shapes if len(shape) > 1]
+        return sum(mask.numel() - int(mask.count_nonzero()) for mask in weights) // self.units
 
     @property
     def tensors(self) -> tuple[str, ...]:
+        """Every parameter that the group occurs in."""
         return tuple(name for name, _ in self.shapes)
 
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Tensors whose rows, filters or heads the units are; the others read them."""
+        written = {member.tensor for member in self.group.members if not member.reads}
+        return tuple(name for name in self.tensors if name in written)
+
     def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """What each unit has in `tensor`, its occurrences side by side."""
         return torch.cat([self._member_view(weight, member) for member in self._members(tensor)], dim=1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """Each value wherever its unit occurs; an entry that belongs to two units stays while both do."""
         shape = dict(self.shapes)[tensor]
         masks = [self._member_mask(keep, member, shape) for member in self._members(tensor)]
-        return masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+        return reduce(torch.mul, masks)
+
+    def _fills(self, member: Member, size: int) -> bool:
+        """Whether the group has the dimension of that size to itself, so that reshaping it is enough."""
+        return member.outer * self.units * member.inner == size
 
     def _members(self, tensor: str) -> list[Member]:
         return [member for member in self.group.members if member.tensor == tensor]
 
     def _member_view(self, weight: Tensor, member: Member) -> Tensor:
-        split = weight.movedim(member.dim, 0).reshape(member.outer, self.units, member.inner, -1)
-        return split.movedim(1, 0).reshape(self.units, -1)
+        along = weight.movedim(member.dim, 0)
+        if self._fills(member, len(along)):
+            own = along.reshape(member.outer, self.units, member.inner, -1).movedim(1, 0)
+        else:
+            own = along[unit_indices(member, self.units)]
+        return own.reshape(self.units, -1)
 
     def _member_mask(self, keep: Tensor, member: Member, shape: tuple[int, ...]) -> Tensor:
-        along = keep.view(1, -1, 1).expand(member.outer, self.units, member.inner).reshape(-1)
+        if self._fills(member, shape[member.dim]):
+            along = keep.view(1, -1, 1).expand(member.outer, self.units, member.inner).reshape(-1)
+        else:
+            indices = unit_indices(member, self.units).to(keep.device)
+            own = keep[:, None].expand_as(indices).flatten()
+            along = keep.new_ones(shape[member.dim]).index_copy(0, indices.flatten(), own)
         return along.view([-1 if d == member.dim else 1 for d in range(len(shape))]).expand(shape)
 
 
@@ -155,7 +222,7 @@ def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable
     Raises:
         PruneError: nothing matched, a glob that matches no layer, or a weight shared by two modules.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    layers: dict[str, nn.Module] = {n: module for n, module in model.named_modules() if isinstance(module, PRUNABLE)}
     include, exclude = tuple(include), tuple(exclude)
     for pattern in (*include, *exclude):
         if not fnmatch.filter(layers, pattern):
@@ -169,17 +236,19 @@ def prunable_weights(model: nn.Module, include: Iterable[str], exclude: Iterable
     chosen = [n for n in chosen if not any(fnmatch.fnmatchcase(n, p) for p in exclude)]
     if not chosen:
         raise PruneError(
-            f"no layer of {type(model).__name__} is left to prune (include={include}, exclude={exclude}){_example(layers)}."
+            f"no layer of {type(model).__name__} is left to prune (include={include}, exclude={exclude})"
+            f"{_example(layers)}."
         )
     _refuse_shared(model, {f"{n}.weight": layers[n] for n in chosen})
     return {f"{name}.weight": layers[name] for name in chosen}
 
 
-def _example(layers: dict[str, nn.Module]) -> str:
-    return f", for example {next(iter(layers))!r}" if layers else ""
+def _example(layers: Iterable[str]) -> str:
+    first = next(iter(layers), None)
+    return f", for example {first!r}" if first is not None else ""
 
 
-def _inner(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+def _inner(model: nn.Module, layers: Iterable[str]) -> list[str]:
     repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     inner = [name for name in layers if name.startswith(repeated)] if repeated else []
     return inner or list(layers)[:-1]
@@ -203,20 +272,28 @@ def output_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, Conv1D) else 0
 
 
-def element_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Elements(name, tuple(module.weight.shape)) for name, module in weights.items()]
+def element_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every weight of each layer is a unit."""
+    return [Elements(name, _weight_shape(module)) for name, module in weights.items()]
 
 
-def block_structures(weights: dict[str, nn.Module], block: tuple[int, int]) -> list[Structure]:
-    return [Blocks(name, tuple(module.weight.shape), block) for name, module in weights.items()]
+def block_structures(weights: Mapping[str, nn.Module], block: tuple[int, int]) -> list[Structure]:
+    """Every block of `block` = (rows, columns) of each layer is a unit."""
+    return [Blocks(name, _weight_shape(module), block) for name, module in weights.items()]
 
 
-def row_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Slices(name, tuple(m.weight.shape), output_dim(m)) for name, m in weights.items()]
+def row_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every output of each layer is a unit: its weights, without its bias."""
+    return [Slices(name, _weight_shape(module), output_dim(module)) for name, module in weights.items()]
 
 
-def column_structures(weights: dict[str, nn.Module]) -> list[Structure]:
-    return [Slices(name, tuple(m.weight.shape), 1 - output_dim(m)) for name, m in weights.items()]
+def column_structures(weights: Mapping[str, nn.Module]) -> list[Structure]:
+    """Every input of each layer is a unit."""
+    return [Slices(name, _weight_shape(module), 1 - output_dim(module)) for name, module in weights.items()]
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    return tuple(cast(Tensor, module.weight).shape)
 
 
 def neuron_structures(
@@ -227,20 +304,23 @@ def neuron_structures(
     Raises:
         PruneError: the model has no such width.
     """
-    found = [group for group in groups.values() if group.frozen is None and _is_hidden_width(group, weights)]
+    bound = [group_structure(group, model) for group in groups.values() if group.frozen is None]
+    found: list[Structure] = [structure for structure in bound if _is_hidden_width(structure, weights)]
     if not found:
         raise PruneError(
             f"no FFN width was found between the {len(weights)} chosen layers of {type(model).__name__}; "
             "structure 'neuron' needs pairs of layers of which the second reads the first through pointwise operations."
         )
-    return [group_structure(group, model) for group in found]
+    return found
 
 
-def _is_hidden_width(group: Group, weights: Mapping[str, nn.Module]) -> bool:
-    """Rows of one chosen layer and columns of another, whole dimensions, under no statistics."""
-    inside = [member for member in group.members if member.tensor in weights]
-    whole = all(member.outer == member.inner == 1 for member in group.members)
-    return whole and not group.normalised and {member.reads for member in inside} == {True, False}
+def _is_hidden_width(structure: GroupUnits, weights: Mapping[str, nn.Module]) -> bool:
+    """Rows of chosen layers and columns of chosen layers and of no others, one each a unit, under no statistics."""
+    matrices = {name for name, shape in structure.shapes if len(shape) > 1}
+    members = structure.group.members
+    single = all(member.outer == member.inner == 1 for member in members)
+    both_sides = {member.reads for member in members if member.tensor in matrices} == {True, False}
+    return single and both_sides and not structure.group.normalised and matrices <= weights.keys()
 
 
 def group_structure(group: Group, model: nn.Module) -> GroupUnits:

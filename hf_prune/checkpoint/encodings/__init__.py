@@ -40,8 +40,15 @@ class Encoding(Protocol):
 ENCODINGS: dict[str, Encoding] = {"gap8": Gap8(), "bitmask": Bitmask()}
 
 DTYPES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
-    "int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
 }
 """Dtypes that can be packed, by torch's name and safetensors' name."""
 

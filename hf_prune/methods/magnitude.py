@@ -1,0 +1,144 @@
+"""Magnitude pruning: small weights, filters, heads and neurons go first; the baseline of every other method.
+
+Idea      a unit's worth is the size of its weights; no data is needed. One call prunes a trained model at once; under
+          `PruneTrainer` the same ranking is applied to the current weights along a cubic schedule.
+Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the unit's size) or root mean square ("l2")
+          -> `scores.unit_norms`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
+          -> `schedules.cubic`.
+Differs   Li et al. rank the filters of each layer by themselves (`scope="per_group"`); the global ranking divides each
+          group's scores by their mean, without which layers of small weights would vanish whole. Units of a group are
+          scored by the tensors that produce them, whichever operation couples them.
+Related   `movement` with variant "magnitude" is the unstructured baseline of its paper, under that paper's settings.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.config import PruneConfig, require_choice
+from hf_prune.parts import schedules, structures
+from hf_prune.parts.budgets import fit_price, normalised
+from hf_prune.parts.gates import MaskGate
+from hf_prune.parts.randomness import generator
+from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.scores import unit_norms
+from hf_prune.parts.selection import top_k
+from hf_prune.types import Group, Paper, PruneError, Structure
+
+PAPER = Paper(
+    title="Pruning Filters for Efficient ConvNets",
+    authors="Hao Li, Asim Kadav, Igor Durdanovic, Hanan Samet, Hans Peter Graf",
+    year=2017,
+    arxiv="1608.08710",
+    bibtex="""@inproceedings{li2017pruning,
+  title     = {Pruning Filters for Efficient ConvNets},
+  author    = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2017}
+}""",
+)
+NEEDS_TRAINING = False
+GOALS = ("final_sparsity", "target_params", "target_flops", "target_bytes")
+TINY_MODEL = "image"
+
+SCORES = ("l1", "l2", "random")
+STRUCTURES = ("element", "group")
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig(PruneConfig):
+    """`final_sparsity` removes single weights, `target_*` removes whole units of dimension groups."""
+
+    method = "magnitude"
+
+    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
+    score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation
+    normalised_groups: bool = False  # also prune groups under LayerNorm-like statistics, which is not exact
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("score", self.score, SCORES)
+        if self.goal is None or self.goal.name == "max_metric_drop":
+            raise ValueError(f"MagnitudeConfig needs one goal of {', '.join(GOALS)}.")
+        needed = "element" if self.goal.name == "final_sparsity" else "group"
+        object.__setattr__(self, "structure", self.structure or needed)
+        require_choice("structure", self.structure, STRUCTURES)
+        if self.structure != needed:
+            raise ValueError(
+                f"structure {self.structure!r} does not go with {self.goal.name}: final_sparsity counts single weights "
+                "(structure 'element'), target_params, target_flops and target_bytes price whole units ('group')."
+            )
+        if self.goal.kept(1.0) == 1.0:
+            raise ValueError(f"{self.goal.name}={self.goal.value} removes nothing.")
+
+
+Config = MagnitudeConfig
+
+
+def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
+    """Rank by size along the schedule; masks until the end, where groups are shrunk."""
+    assert config.goal is not None
+    if config.structure == "element":
+        weights = structures.prunable_weights(model, config.include, config.exclude)
+        units: list[Structure] = structures.element_structures(weights)
+        selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    else:
+        units = [structures.group_structure(group, model) for group in _groups(model, graph.groups, config)]
+        selection = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    device = next(model.parameters()).device
+    return Recipe(
+        structures=units,
+        scores=_scores(model, units, config),
+        selection=selection,
+        schedule=schedules.cubic(config.begin, config.end),
+        gates=[MaskGate(each, device) for each in units],
+    )
+
+
+def _groups(model: nn.Module, groups: Mapping[str, Group], config: MagnitudeConfig) -> list[Group]:
+    chosen = [
+        group
+        for group in groups.values()
+        if (config.normalised_groups or not group.normalised) and _named(group, config.include, config.exclude)
+    ]
+    if not chosen:
+        raise PruneError(
+            f"no group of {type(model).__name__} is left to prune among {len(groups)} (include={config.include}, "
+            f"exclude={config.exclude}); `hf_prune.graph.trace(model, inputs).groups` lists them."
+        )
+    return chosen
+
+
+def _named(group: Group, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    """Whether the modules that produce the group match `include` (all do where it is empty) and none `exclude`."""
+    modules = {member.tensor.rpartition(".")[0] for member in group.members if not member.reads}
+    matches = [any(fnmatch.fnmatchcase(m, p) for m in modules for p in patterns) for patterns in (include, exclude)]
+    return (matches[0] or not include) and not matches[1]
+
+
+def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:
+    if config.score == "random":
+        return lambda: {each.name: _permutation(each, config.seed) for each in units}
+    norms = unit_norms(model, units, order={"l1": 1, "l2": 2}[config.score])
+    return (lambda: normalised(norms())) if config.structure == "group" else norms
+
+
+def _permutation(structure: Structure, seed: int) -> Tensor:
+    """Ranks of a shuffle that depends on the seed and the name alone, in (0, 1] whatever the number of units."""
+    order = torch.randperm(structure.units, generator=generator(seed, structure.name))
+    return (order + 1) / structure.units
+
+
+TINY = {
+    "element": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6),
+    "element_l2": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6, score="l2", scope="per_group"),
+    "flops": MagnitudeConfig(target_flops=0.5, begin=0.2, end=0.6),
+    "params_per_group": MagnitudeConfig(target_params=0.5, begin=0.2, end=0.6, scope="per_group"),
+    "bytes_random": MagnitudeConfig(target_bytes=0.5, begin=0.2, end=0.6, score="random"),
+}

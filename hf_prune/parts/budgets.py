@@ -1,0 +1,72 @@
+"""Selection by price: keep the highest scores such that the model costs what the goal says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_prune.config import Goal
+from hf_prune.graph import Graph
+from hf_prune.parts.selection import Selection, keep_highest
+from hf_prune.types import Plan, PruneError, Structure
+
+PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
+    "target_flops": lambda graph, plan: graph.price(plan).multiply_adds,
+    "target_params": lambda graph, plan: graph.price(plan).parameters,
+    "target_bytes": lambda graph, plan: graph.price(plan).bytes,
+}
+"""Goal -> price of a plan: multiply-adds per sample, parameters, bytes."""
+
+
+def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
+    """The most units, highest scores first, whose price is at most the goal's share of the dense price.
+
+    Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group
+    keeps its floor, so a goal below the price of all floors raises.
+    """
+    price, floors = PRICES[goal.name], {s.name: max(1, int(min_keep * s.units)) for s in structures}
+    dense = price(graph, None)
+    ranked = _keep_evenly if scope == "per_group" else _keep_globally
+
+    def select(scores: Mapping[str, Tensor], share: float) -> Plan:
+        allowed, total = goal.kept(share) * dense, sum(len(s) for s in scores.values())
+        if price(graph, ranked(scores, total, floors)) <= allowed:
+            return ranked(scores, total, floors)
+        cheap, dear = 0, total
+        if price(graph, ranked(scores, cheap, floors)) > allowed:
+            least = price(graph, ranked(scores, cheap, floors)) / dense
+            raise PruneError(
+                f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "
+                f"{least:.3f} of the dense one. Raise the goal, lower min_keep, or prune more layers."
+            )
+        while dear - cheap > 1:
+            middle = (cheap + dear) // 2
+            affordable = price(graph, ranked(scores, middle, floors)) <= allowed
+            cheap, dear = (middle, dear) if affordable else (cheap, middle)
+        return ranked(scores, cheap, floors)
+
+    return select
+
+
+def _keep_globally(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    plan = dict(zip(scores, keep_highest(list(scores.values()), count), strict=True))
+    return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
+
+
+def _keep_evenly(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """The same share of each group: of all groups' units, ordered by their rank within the group, the first `count`."""
+    return _keep_globally({name: _rank(score) for name, score in scores.items()}, count, floors)
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Middle of the unit's place from the bottom, as a share of the group, in (0, 1)."""
+    places = torch.empty_like(score)
+    places[score.sort(descending=True, stable=True).indices] = torch.arange(len(score), 0, -1).to(score) - 0.5
+    return places / len(score)
+
+
+def normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each group's scores divided by their mean, so that groups of other scale can share one ranking."""
+    return {name: score / score.mean().clamp(min=torch.finfo(score.dtype).tiny) for name, score in scores.items()}
