@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from exactness import difference, even_plan, outputs
+from exactness import check_exact, difference, even_plan, outputs
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from zoo import ZOO, build
@@ -178,6 +178,37 @@ def test_hooks_and_parametrizations_are_refused(bert) -> None:
     graph = trace(model, inputs)
     parametrized = {name: group for name, group in graph.groups.items() if "pooler" in name}
     shrink(model, graph, even_plan(parametrized.values(), 0.5))
+
+
+class Caching(nn.Module):
+    """Keeps what it made of its weight until it trains again, as fast image models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(8, 3)
+        self.unused = nn.Linear(3, 3)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "doubled" not in self.cache:
+            self.cache["doubled"] = self.a.weight.mT * 2
+        return self.b(torch.tanh(x @ self.cache["doubled"]))
+
+
+def test_what_modules_cache_is_dropped() -> None:
+    model, inputs = Caching(), {"x": torch.randn(2, 5)}
+    model.eval()
+    outputs(model, inputs)
+    cached = model.cache["doubled"]
+    graph = check_exact(model, inputs, 1e-6)
+    assert graph.groups.keys() == {"a"}
+    assert graph.frozen["unused.weight[0]"].frozen == "no operation uses it"
+    assert model.cache["doubled"] is cached
 
 
 class Masked(nn.Module):

@@ -17,7 +17,7 @@ from hf_prune.graph.axes import Dim, flat
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.rules.pointwise import pointwise
-from hf_prune.graph.trace import Operation, tensors_of
+from hf_prune.graph.trace import Operation, distinct_tensors
 
 PASSING = {
     "transpose",
@@ -62,7 +62,7 @@ class Constants:
     @torch.no_grad()
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         self.flow = graph.flow
-        self.tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+        self.tensors = {name: tensor.detach() for name, tensor in distinct_tensors(model).items()}
         self.layers: list[Layer] = []
         self.found: dict[Node, Constant] = {}
         for node in graph.flow.trace.graph.nodes:

@@ -13,7 +13,7 @@ from hf_prune.graph.graph import Graph
 from hf_prune.graph.groups import unit_indices
 from hf_prune.graph.kept import Kept, kept_indices
 from hf_prune.graph.rules.contract import SUMMED
-from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.trace import distinct_tensors
 from hf_prune.types import Group, Plan
 
 
@@ -23,7 +23,7 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
 
     A constant that cannot be folded, because its reader has no bias or pads with zeros, is lost with a warning.
     """
-    tensors = tensors_of(model)
+    tensors = distinct_tensors(model)
     if any(tensor.is_meta for tensor in tensors.values()):  # sizes only, nothing to move
         return
     constants, lost = Constants(model, graph), []
@@ -53,7 +53,7 @@ def dead_units(model: nn.Module, graph: Graph) -> Plan:
 
     Covers the groups that `shrink` treats exactly. A group whose units are all dead keeps its first one.
     """
-    constants, tensors = Constants(model, graph), tensors_of(model)
+    constants, tensors = Constants(model, graph), distinct_tensors(model)
     plan: Plan = {}
     for name, group in graph.groups.items():
         if group.normalised:

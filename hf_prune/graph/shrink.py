@@ -11,7 +11,7 @@ from hf_prune.graph.resize import rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
-from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.trace import distinct_tensors
 from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
 from hf_prune.types import Plan, ShapeTable
 
@@ -36,7 +36,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     check_table(model, table)
     ratios = dry_run(model, graph, table)
     fold_constants(model, graph, kept)
-    tensors = tensors_of(model)
+    tensors = distinct_tensors(model)
     rescale(tensors, graph.flow.trace, ratios)
     for name, each in indices.items():
         tensors[name].data = select(tensors[name].data, each)
