@@ -51,16 +51,15 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
 def dead_units(model: nn.Module, graph: Graph) -> Plan:
     """Units whose removal changes nothing: no weight reads them, or what they emit is constant and can be folded.
 
-    Covers the groups that `shrink` treats exactly. A group whose units are all dead keeps its first one.
+    Covers the groups that `shrink` treats exactly and that only weights sum over. A group whose units are all dead
+    keeps its first one.
     """
     constants, tensors = Constants(model, graph), distinct_tensors(model)
     plan: Plan = {}
     for name, group in graph.groups.items():
-        if group.normalised:
+        if group.normalised or SUMMED in graph.axes[name].marks:
             continue
-        dead = _constant(group, constants)
-        if SUMMED not in graph.axes[name].marks:
-            dead |= _unread(group, tensors)
+        dead = _constant(group, constants) | _unread(group, tensors)
         if dead.any():
             dead[0] &= not dead.all()
             plan[name] = ~dead

@@ -33,7 +33,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     }
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
-    check_table(model, table)
+    check_table(table)
     ratios = dry_run(model, graph, table)
     fold_constants(model, graph, kept)
     tensors = distinct_tensors(model)
