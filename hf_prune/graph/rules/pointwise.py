@@ -13,7 +13,7 @@ from hf_prune.graph.traced_int import TracedInt
 Rule = Callable[..., Any]
 
 POINTWISE = (
-    "__and__ __or__ __xor__ _to_copy absolute alias alpha_dropout clip clone contiguous copy detach divide dropout "
+    "__and__ __or__ __xor__ _to_copy absolute alias alpha_dropout clip clone contiguous copy detach divide dropout fill "
     "feature_dropout hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real relu6 "
     "rrelu selu square subtract to true_divide"
 ).split()
