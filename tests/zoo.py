@@ -167,9 +167,7 @@ ZOO: dict[str, Entry] = {
         64,
     ),
     "MobileNetV1ForImageClassification": image("MobileNetV1Config", {"depth_multiplier": 0.25, "image_size": 64}, 64),
-    "MobileNetV2ForImageClassification": image(
-        "MobileNetV2Config", {"depth_multiplier": 0.5, "image_size": 64}, 64
-    ),
+    "MobileNetV2ForImageClassification": image("MobileNetV2Config", {"depth_multiplier": 0.5, "image_size": 64}, 64),
     "MobileViTForImageClassification": image(
         "MobileViTConfig",
         {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96], "image_size": 64},
