@@ -203,6 +203,27 @@ def test_a_teacher_stays_trainable() -> None:
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_a_run_that_starts_again_selects_again() -> None:
+    pruner = Pruner(tiny_text_model(), _config(variant="l0"))
+    pruner.attach()
+    pruner.step(10, 10)
+    assert pruner.sparsity > 0.4
+    pruner.step(0, 10)
+    assert pruner.sparsity == 0.0
+
+
+def test_weights_that_the_user_froze_stay_frozen() -> None:
+    model = tiny_text_model()
+    frozen = model.bert.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    pruner = Pruner(model, _config())
+    pruner.attach()
+    _train(pruner, _batch(model))
+    pruner.finalize()
+    after = model.bert.encoder.layer[0].output.dense.weight
+    assert not after.requires_grad and torch.equal(after[after != 0], before[after != 0]) and (after == 0).any()
+
+
 def test_a_run_of_no_steps_is_refused() -> None:
     pruner = Pruner(tiny_text_model(), _config())
     pruner.attach()
