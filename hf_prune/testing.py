@@ -225,7 +225,7 @@ def check_resume_is_exact(case: Case) -> None:
 
 
 def check_baked_copy_leaves_the_run_alone(case: Case) -> None:
-    """A finished copy taken half-way computes what the masked model does, and the run ends as if none had been taken."""
+    """A copy baked half-way computes what the masked model does, and the run ends as if none had been taken."""
     whole, disturbed = Run(case).advance(), Run(case).advance(to=STEPS // 2)
     copied, _ = disturbed.pruner.baked()
     batch = disturbed.batches[0]

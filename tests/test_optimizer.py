@@ -207,7 +207,7 @@ def test_accelerate_wraps_it_and_skips_accumulated_steps() -> None:
 
 
 def test_optimizers_with_modes_are_switched() -> None:
-    """Schedule-free optimizers keep other weights for training than for evaluation; Trainer calls `train` and `eval`."""
+    """Schedule-free optimizers keep other weights to evaluate than to train; Trainer calls `train` and `eval`."""
     switched: list[str] = []
 
     class ScheduleFree(torch.optim.SGD):
