@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from cells import CACHE, RESULTS, Cell, Store, run
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -101,15 +102,25 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     if cell["method"] == "dense":
         trainer.save_model(_teacher_folder(cell))
         if cell["seed"] == 0:
-            answers = trainer.predict(data["train"]).predictions
-            table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers.tolist(), strict=True)}
+            answers = predict(trainer.model, data["train"], common["data_collator"]).tolist()
+            table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers, strict=True)}
             torch.save(table, Path(_teacher_folder(cell)) / "answers.pt")
     correct = {}
     for split in ("validation", "test"):
-        answer = trainer.predict(data[split])
-        correct[split] = "".join(str(int(hit)) for hit in answer.predictions.argmax(-1) == answer.label_ids)
+        hit = predict(trainer.model, data[split], common["data_collator"]).argmax(-1) == np.array(data[split]["label"])
+        correct[split] = "".join(str(int(each)) for each in hit)
     reached = trainer.report.sparsity if cell["method"] != "dense" else 0.0
     return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached}
+
+
+def predict(model: torch.nn.Module, rows: Dataset, collator: DataCollatorWithPadding) -> np.ndarray:
+    """Logits in the order of `rows`; a Trainer that groups rows by length while it trains would also reorder these."""
+    arguments = TrainingArguments(
+        str(CACHE / "predict"), per_device_eval_batch_size=64, use_cpu=True, disable_tqdm=True
+    )
+    answer = Trainer(model=model, args=arguments, data_collator=collator).predict(rows)
+    assert answer.label_ids.tolist() == rows["label"], "predictions came back in another order"
+    return answer.predictions
 
 
 class Remembering(torch.nn.Module):
