@@ -46,6 +46,8 @@ class Layer:
     """Dimension of the weight that reads the input; the other one of the first two writes the output."""
     padded: bool
     grouped: bool
+    mean: str | None = None
+    """Running mean of the batch norm that alone reads the output, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ class Constants:
         padding = args[4] if convolution and len(node.args) > 4 else 0
         padded = any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid")
         grouped = convolution and len(node.args) > 6 and node.args[6] != 1
-        return Layer(source, names[weight], names.get(bias), reads, padded, grouped)
+        return Layer(source, names[weight], names.get(bias), reads, padded, grouped, self._mean_behind(node))
+
+    def _mean_behind(self, node: Node) -> str | None:
+        norm = norm_behind(node)
+        return None if norm is None or norm.args[5] else self.flow.trace.tensors.get(norm.args[3])
 
     def _emitted(self, node: Node, layer: Layer) -> Constant:
         """Rows of zeros give their bias, and so do depthwise rows of an input that is zero."""
@@ -196,3 +202,10 @@ class Constants:
         own = place - (rank - weight.ndim)
         spread = own >= 0 and weight.numel() == weight.shape[own]
         return weight.flatten() if spread or weight.numel() == 1 else None
+
+
+def norm_behind(node: Node) -> Node | None:
+    """The batch norm that reads `node` and is alone to do so, if there is one."""
+    readers = list(node.users)
+    found = len(readers) == 1 and readers[0].op == "call_function" and name_of(readers[0].target) == "batch_norm"
+    return readers[0] if found and readers[0].args[0] is node else None
