@@ -50,11 +50,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: data-text
+demo: data-text $(FASHION)
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo_images.py
 
-demo-quick: data-text
+demo-quick: data-text $(FASHION)
 	$(BIN)/python examples/demo.py --tiny
+	$(BIN)/python examples/demo_images.py --tiny
 
 data: data-text data-images $(BBC) $(WORDNET)
 

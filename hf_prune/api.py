@@ -19,8 +19,8 @@ def prune(
     """Prune `model` in place, at once; returns it with the report of what was done.
 
     example_inputs: inputs by name for one forward pass, for methods that look at the graph.
-    training: `args=TrainingArguments(...)`, `train_dataset=...` and whatever else `PruneTrainer` takes, for methods that
-    prune while they train.
+    training: `args=TrainingArguments(...)`, `train_dataset=...` and whatever else `PruneTrainer` takes, for methods
+    that prune while they train.
 
     Raises:
         PruneError: the method needs training and none was given; the model is left as it was.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,12 +110,9 @@ class PruneOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._rewrite_gradients()
-        scale = self.rules.lr_scale() if self.rules.lr_scale else 1.0
-        rates = [group["lr"] for group in self.param_groups]
-        self._set_rates([rate * scale for rate in rates])
-        for optimizer in self._all:
-            optimizer.step()
-        self._set_rates(rates)
+        with self._scaled_rates():
+            for optimizer in self._all:
+                optimizer.step()
         for project in self.rules.projections:
             project()
         return loss
@@ -129,9 +127,19 @@ class PruneOptimizer(torch.optim.Optimizer):
                 elif parameter in self.rules.transforms:
                     parameter.grad = self.rules.transforms[parameter](parameter.grad)
 
-    def _set_rates(self, rates: Sequence[float]) -> None:
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+    @contextmanager
+    def _scaled_rates(self) -> Iterator[None]:
+        if self.rules.lr_scale is None:
+            yield
+            return
+        scale, rates = self.rules.lr_scale(), [(group, group["lr"]) for group in self.param_groups]
+        for group, rate in rates:
+            group["lr"] = rate * scale
+        try:
+            yield
+        finally:
+            for group, rate in rates:
+                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """The user's optimizer's state, and under one more key that of the rest."""

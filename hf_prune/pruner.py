@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, reduce
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized
+from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import summarise
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from hf_prune.graph import Graph
 
 
+ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
+
+
 class LazyGraph:
     """The dimension groups of a model, traced when a method first asks for them."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self._model, self._example_inputs = model, example_inputs
 
     @cached_property
@@ -37,7 +40,8 @@ class LazyGraph:
         """The graph itself."""
         from hf_prune.graph import trace
 
-        inputs = self._example_inputs or getattr(self._model, "dummy_inputs", None)
+        given = self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+        inputs = given or getattr(self._model, "dummy_inputs", None)
         if inputs is None:
             raise PruneError("this method looks at the model's graph; give Pruner example_inputs for one forward pass.")
         return trace(self._model, inputs)
@@ -59,8 +63,8 @@ class Pruner:
     Args:
         model: changed in place by `attach` and `finalize`.
         config: the method and its settings.
-        example_inputs: inputs by name for one forward pass, needed by methods that look at the model's graph; the
-            model's own `dummy_inputs` where omitted.
+        example_inputs: inputs by name for one forward pass, or a function that gives them, needed by methods that look
+            at the model's graph; the model's own `dummy_inputs` where omitted.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -70,7 +74,7 @@ class Pruner:
         self,
         model: nn.Module,
         config: PruneConfig,
-        example_inputs: Mapping[str, Tensor] | None = None,
+        example_inputs: ExampleInputs = None,
         *,
         teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
@@ -100,7 +104,7 @@ class Pruner:
 
     @property
     def has_passes(self) -> bool:
-        """Whether the method runs the model itself, in several passes: call `batch_loss` instead of model and `loss`."""
+        """Whether the method runs the model itself, several times a batch: `batch_loss` instead of model and `loss`."""
         return self._attached.passes is not None
 
     def attach(self) -> None:
@@ -116,12 +120,13 @@ class Pruner:
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
-        names = dict(self.model.named_parameters())
-        self._thawed = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
-        for parameter in self._thawed:
+        names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
+        with restored_on_error(self.model):
+            for gate in recipe.gates:
+                gate.insert(self.model)
+        self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
+        for parameter in self._frozen:
             parameter.requires_grad_(False)
-        for gate in recipe.gates:
-            gate.insert(self.model)
         self.recipe = recipe
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> PruneOptimizer:
@@ -154,7 +159,8 @@ class Pruner:
         return kinds
 
     def _trains(self, parameter: nn.Parameter) -> bool:
-        return self.phase.trainable is None or self.phase.trainable(self._names[parameter])
+        name = self._names.get(parameter)  # None: a parameter of the user's loss, say
+        return name is None or self.phase.trainable is None or self.phase.trainable(name)
 
     def check_schedule(self, total_steps: int) -> None:
         """Raise unless a run of `total_steps` optimizer steps reaches the goal by steps in between."""
@@ -173,6 +179,8 @@ class Pruner:
         recipe = self._attached
         if step == self._step:
             return
+        if total_steps < 1:
+            raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             share = recipe.schedule(self._progress) if recipe.schedule else self._progress
@@ -182,7 +190,7 @@ class Pruner:
             self.observe({"progress": self._progress, "sparsity": self.sparsity})
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Tell the controller how the run goes, such as the metrics of an evaluation; it may change what trains next."""
+        """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
         controller = self._attached.controller
         if controller is not None:
             controller.observe(metrics)
@@ -266,9 +274,12 @@ class Pruner:
         return self._bake(copy_with_gates(self.model))
 
     def finalize(self) -> Report:
-        """Fold the gates, shrink what lost units, and leave a plain model; returns what was done."""
+        """Fold the gates, shrink what lost units, and leave a plain model; returns what was done.
+
+        Where it raises, no score or mask is lost, and it can be called again.
+        """
         _, report = self._bake(self.model)
-        for parameter in self._thawed:
+        for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.recipe, self.distiller, self._last_terms = None, None, {}
         self.report = report
@@ -278,9 +289,11 @@ class Pruner:
         recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
         was_training = model.training
         model.eval()  # gates that are random while training fold their deterministic value
-        for gate in recipe.gates:
-            gate.fold(model)
-        model.train(was_training)
+        try:
+            for gate in recipe.gates:
+                gate.fold(model)
+        finally:
+            model.train(was_training)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
         report = summarise(recipe.structures, plan).report(
             self.config, self.method.PAPER, model, self.graph.frozen if groups else {}

@@ -54,7 +54,7 @@ class PruneTrainer(Trainer):
         self.pruner = Pruner(
             self.model,
             pruning,
-            example_inputs=self._example_inputs() if self.train_dataset is not None else None,
+            example_inputs=self._example_inputs if self.train_dataset is not None else None,
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
@@ -143,7 +143,11 @@ class PruneTrainer(Trainer):
 
     def _example_inputs(self) -> dict[str, Any]:
         """One collated batch without labels, for methods that trace the model."""
-        batch = next(iter(self.get_train_dataloader()))
+        loader = self.get_train_dataloader()
+        # Not through accelerate's wrapper, which would take this for the epoch under way; and the order in which the
+        # run will read its rows must not depend on whether a method looks at the model's graph.
+        with torch.random.fork_rng(devices=()):
+            batch = self._prepare_inputs(next(iter(getattr(loader, "base_dataloader", loader))))
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
 
 
@@ -174,6 +178,11 @@ class _PruneCallback(TrainerCallback):
 def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
     if model_init is not None:
         raise PruneError("PruneTrainer prunes the model it is given; pass model= instead of model_init=.")
+    if args.n_gpu > 1:
+        raise PruneError(
+            f"{args.n_gpu} GPUs in one process train on copies of the model, which masks do not follow; "
+            "start one process for each GPU with `accelerate launch`, or show this one a single GPU."
+        )
     if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
         raise PruneError(
             f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "

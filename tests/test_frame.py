@@ -180,6 +180,19 @@ def test_every_part_does_its_work_in_a_plain_loop(toy: ModuleType) -> None:
     assert run.optimizer.extras[0].param_groups[0]["lr"] == 0.05, "the rate is scaled for the step alone"
 
 
+def test_phases_leave_alone_what_is_not_the_models(toy: ModuleType) -> None:
+    """A loss may have parameters of its own in the same optimizer; no phase knows their names."""
+    model, own = tiny_text_model(), nn.Parameter(torch.ones(()))
+    pruner = Pruner(model, toy.TINY["rows"])
+    pruner.attach()
+    optimizer = pruner.wrap(torch.optim.SGD([*model.parameters(), own], lr=0.1))
+    pruner.step(0, 10)
+    ids = torch.randint(0, 40, (4, 6))
+    (own * pruner.batch_loss(model, {"input_ids": ids, "labels": ids[:, 0] % 3})).backward()
+    optimizer.step()
+    assert own.item() != 1.0
+
+
 def test_it_runs_in_prune_trainer(toy: ModuleType, tmp_path: Path) -> None:
     ids = torch.randint(0, 40, (32, 6))
     rows = Dataset.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3})

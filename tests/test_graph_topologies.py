@@ -274,7 +274,7 @@ SIZES = {
     GatedFFN: {"up": 20},
     GroupedQueryAttention: {"heads": 3, "q.heads": 2, "head_width": 8},
     FusedAttention: {"qkv.heads": 4, "qkv.head_width": 8},
-    MultiheadAttention: {"heads": 4, "attention.out_proj": 16},
+    MultiheadAttention: {"heads": 4, "head_width": 4, "attention.out_proj": 16},
     GroupNorm: {"a.channels": 5, "a.channels#2": 4, "b": 8},
     TransposedConv: {"a": 12, "up.channels": 4, "up.channels#2": 2, "s": 2},
     PixelShuffle: {"a.channels": 6, "b": 10},

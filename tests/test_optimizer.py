@@ -126,6 +126,18 @@ def test_rate_scale_holds_for_one_step_only() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+def test_rates_are_put_back_where_the_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = _pair(StepRules(lr_scale=lambda: 0.5))[1]
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(optimizer.inner, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_extra_optimizers_step_and_are_saved() -> None:
     model = nn.Linear(3, 2)
     inner = torch.optim.AdamW([model.weight], lr=0.1)

@@ -69,6 +69,18 @@ def test_floor_keeps_units_of_a_hopeless_weight() -> None:
     assert int(plan["good"].sum()) == 95
 
 
+def test_floors_win_over_a_goal_that_leaves_less() -> None:
+    structures = [Elements("a", (2, 5)), Elements("b", (2, 5))]
+    select = selection.top_k(structures, Goal("final_sparsity", 0.95), scope="global", min_keep=0.0)
+    plan = select({"a": torch.arange(10.0), "b": -torch.arange(10.0)}, 1.0)
+    assert plan["a"].nonzero()[:, 0].tolist() == [9] and plan["b"].nonzero()[:, 0].tolist() == [0]
+
+
+def test_scores_need_not_be_contiguous() -> None:
+    scores = torch.randn(600_000, 2, generator=torch.Generator().manual_seed(0))[:, 0]
+    assert torch.equal(selection.keep_highest([scores], 1000)[0], selection.keep_highest([scores.clone()], 1000)[0])
+
+
 def test_units_of_unequal_size_are_paid_by_their_weights() -> None:
     structures = [Blocks("blocks", (4, 4), (2, 2)), Slices("rows", (4, 8), 0)]
     select = selection.top_k(structures, Goal("final_sparsity", 0.5), scope="global", min_keep=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from datasets import Dataset
 from torch.nn.utils import parametrize
 from transformers import (
@@ -166,6 +167,44 @@ def test_torch_compile_gives_the_same_model(tmp_path: Path) -> None:
     compiled.train()
     for name, value in eager.model.state_dict().items():
         assert (value - compiled.model.state_dict()[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("structure", ["element", "neuron"])
+def test_making_a_trainer_draws_no_random_numbers(tmp_path: Path, structure: str) -> None:
+    """The rows come in the order in which the stock Trainer with the same seed would take them."""
+    drawn = []
+    for kind in (Trainer, PruneTrainer):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=4)
+        own = {"pruning": dataclasses.replace(PRUNING, structure=structure)} if kind is PruneTrainer else {}
+        under_way = GradientState().active_dataloader
+        trainer = kind(model=tiny_text_model(), args=arguments, train_dataset=_rows(), **own)
+        assert GradientState().active_dataloader is under_way
+        drawn.append(torch.cat([batch["input_ids"] for batch in trainer.get_train_dataloader()]))
+    assert torch.equal(*drawn)
+
+
+def test_a_dataset_without_rows_at_hand_is_not_read_before_training(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset):
+        read = 0
+
+        def __len__(self) -> int:
+            return 32
+
+        def __getitem__(self, index: int) -> Any:
+            Rows.read += 1
+            return _rows(1)[0]
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    PruneTrainer(model=tiny_text_model(), args=arguments, train_dataset=Rows(), pruning=PRUNING)
+    assert Rows.read == 0
+
+
+def test_data_parallel_in_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    model = tiny_text_model()
+    with pytest.raises(PruneError, match=r"2 GPUs in one process.*accelerate launch"):
+        _trainer(tmp_path, model=model)
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
 def test_early_stopping_works(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Tiny models with random weights of many transformers architectures, built without any download.
 
-`ZOO` maps a class name to its entry; `build` gives the model in evaluation mode and an example batch of two. Weights are
-sharpened: freshly initialised transformers attend uniformly, which hides wrong scales and wrong wiring.
+`ZOO` maps a class name to its entry; `build` gives the model in evaluation mode and an example batch of two. Weights
+are sharpened: freshly initialised transformers attend uniformly, which hides wrong scales and wrong wiring.
 """
 
 from __future__ import annotations
@@ -167,9 +167,7 @@ ZOO: dict[str, Entry] = {
         64,
     ),
     "MobileNetV1ForImageClassification": image("MobileNetV1Config", {"depth_multiplier": 0.25, "image_size": 64}, 64),
-    "MobileNetV2ForImageClassification": image(
-        "MobileNetV2Config", {"depth_multiplier": 0.5, "image_size": 64}, 64, slow=False
-    ),
+    "MobileNetV2ForImageClassification": image("MobileNetV2Config", {"depth_multiplier": 0.5, "image_size": 64}, 64),
     "MobileViTForImageClassification": image(
         "MobileViTConfig",
         {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96], "image_size": 64},
@@ -361,7 +359,6 @@ ZOO: dict[str, Entry] = {
         {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
         | TOKENS
         | {"eos_token_id": 2},
-        slow=False,
     ),
     "T5EncoderModel": text(
         "T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | TOKENS

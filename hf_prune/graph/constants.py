@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from hf_prune.graph.dims import Dim, flat
+from hf_prune.graph.axes import Dim, flat
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.rules.pointwise import pointwise
-from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.trace import Operation, tensors_of
 
 PASSING = {
     "transpose",
@@ -39,7 +39,7 @@ PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 class Layer:
     """One use of a weight: a linear map or a convolution."""
 
-    source: Node
+    source: Operation
     weight: str
     bias: str | None
     reads: int
@@ -87,7 +87,7 @@ class Constants:
         rank = self.tensors[layer.weight].ndim
         return 1 - rank if rank > 2 else -1
 
-    def _of(self, node: Node) -> Constant | None:
+    def _of(self, node: Operation) -> Constant | None:
         layer = self._layer(node)
         if layer is not None:
             self.layers.append(layer)
@@ -101,7 +101,7 @@ class Constants:
             return self._passed(node, self.found[node.args[0]].values)
         return self._mapped(node) if rule_for(node.target) is pointwise else None
 
-    def _layer(self, node: Node) -> Layer | None:
+    def _layer(self, node: Operation) -> Layer | None:
         name, args = name_of(node.target), [*node.args, None, None, None]
         if name == "addmm":
             bias, source, weight, reads = args[0], args[1], args[2], 0
@@ -118,11 +118,11 @@ class Constants:
         grouped = convolution and len(node.args) > 6 and node.args[6] != 1
         return Layer(source, names[weight], names.get(bias), reads, padded, grouped, self._mean_behind(node))
 
-    def _mean_behind(self, node: Node) -> str | None:
+    def _mean_behind(self, node: Operation) -> str | None:
         norm = norm_behind(node)
         return None if norm is None or norm.args[5] else self.flow.trace.tensors.get(norm.args[3])
 
-    def _emitted(self, node: Node, layer: Layer) -> Constant:
+    def _emitted(self, node: Operation, layer: Layer) -> Constant:
         """Rows of zeros give their bias, and so do depthwise rows of an input that is zero."""
         weight = self.tensors[layer.weight]
         rows = weight if layer.reads else weight.T
@@ -133,14 +133,14 @@ class Constants:
             silent |= read == 0
         return Constant(self._channels(layer) % len(self.flow.shapes[node]), torch.where(silent, bias, torch.nan))
 
-    def _normed(self, node: Node) -> Constant | None:
+    def _normed(self, node: Operation) -> Constant | None:
         constant = self.found[node.args[0]]
         statistics = [self.tensors[self.flow.trace.tensors[each]] if each else None for each in node.args[1:5]]
         if constant.dim != 1:
             return None
         return Constant(1, node.target(constant.values[None], *statistics, *node.args[5:])[0])
 
-    def _joined(self, node: Node) -> Constant | None:
+    def _joined(self, node: Operation) -> Constant | None:
         """`cat`: constants side by side, unknown for tensors without."""
         dim = (node.args[1] if len(node.args) > 1 else 0) % len(self.flow.shapes[node])
         pieces = [self.found.get(source) for source in node.args[0]]
@@ -154,13 +154,13 @@ class Constants:
         ]
         return Constant(dim, torch.cat(values))
 
-    def _passed(self, node: Node, values: Tensor) -> Constant | None:
+    def _passed(self, node: Operation, values: Tensor) -> Constant | None:
         """The same values at the place where their dim is now."""
         wanted = flat(self.flow.shapes[node.args[0]][self.found[node.args[0]].dim])
         places = [place for place, dim in enumerate(self.flow.shapes[node]) if wanted and flat(dim) == wanted]
         return Constant(places[0], values) if len(places) == 1 else None
 
-    def _mapped(self, node: Node) -> Constant | None:
+    def _mapped(self, node: Operation) -> Constant | None:
         """An elementwise function of constants, weights and numbers; zero times anything is zero."""
         rank = len(self.flow.shapes[node])
         sources = [each for each in node.args if isinstance(each, Node)]
@@ -186,7 +186,7 @@ class Constants:
             result = torch.where(zero, 0.0, result)
         return Constant(place, result)
 
-    def _place(self, source: Node, rank: int) -> int:
+    def _place(self, source: Operation, rank: int) -> int:
         """Where the constant dim of `source` is in a result of `rank` dims."""
         return self.found[source].dim + rank - len(self.flow.shapes[source])
 
@@ -204,7 +204,7 @@ class Constants:
         return weight.flatten() if spread or weight.numel() == 1 else None
 
 
-def norm_behind(node: Node) -> Node | None:
+def norm_behind(node: Operation) -> Operation | None:
     """The batch norm that reads `node` and is alone to do so, if there is one."""
     readers = list(node.users)
     found = len(readers) == 1 and readers[0].op == "call_function" and name_of(readers[0].target) == "batch_norm"

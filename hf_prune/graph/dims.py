@@ -1,121 +1,10 @@
-"""The dimension algebra: what must be cut together is one axis.
-
-A tensor dimension (`Dim`) is an ordered, row-major product of axes, like einops' `(h d)`. Axes live in a union-find:
-each root is a leaf, a product of smaller axes, or a concatenation of smaller dims. Nothing is stored resolved: `flat`
-resolves on every read, so an axis that is split late shows its parts in every tensor that used it early. Parts are
-strictly smaller than the whole, so nothing can loop.
-"""
+"""The dimension algebra: splitting, cutting, joining and unifying dims, in place, for all tensors that have them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Sequence
 
-
-@dataclass(frozen=True)
-class Product:
-    """An axis that turned out to be several, outermost first."""
-
-    axes: tuple[Axis, ...]
-
-
-@dataclass(frozen=True)
-class Cat:
-    """An axis that is made of several dims laid end to end."""
-
-    parts: tuple[Dim, ...]
-
-
-@dataclass(eq=False)
-class Axis:
-    """One independent stretch of units. `form` is None for a leaf, another axis once the two were found to be one."""
-
-    size: int
-    frozen: str | None = None
-    normalised: bool = False
-    marks: set[str] = field(default_factory=set)
-    form: Axis | Product | Cat | None = None
-
-    def part(self, size: int) -> Axis:
-        """A new leaf that inherits what is known of this axis."""
-        return Axis(size, self.frozen, self.normalised, set(self.marks))
-
-
-Dim = tuple[Axis, ...]
-
-
-def fresh(size: int, frozen: str | None = None) -> Dim:
-    """A dim of one new axis."""
-    return (Axis(size, frozen),)
-
-
-def find(axis: Axis) -> Axis:
-    """The root that stands for `axis`."""
-    while isinstance(axis.form, Axis):
-        if isinstance(axis.form.form, Axis):
-            axis.form = axis.form.form
-        axis = axis.form
-    return axis
-
-
-def flat(dim: Iterable[Axis]) -> list[Axis]:
-    """The leaves and concatenations that `dim` is a product of; size-1 axes are nothing."""
-    factors: list[Axis] = []
-    for axis in dim:
-        root = find(axis)
-        if isinstance(root.form, Product):
-            factors += flat(root.form.axes)
-        elif root.size != 1:
-            factors.append(root)
-    return factors
-
-
-def size(dim: Iterable[Axis]) -> int:
-    """Number of indices of `dim`."""
-    return prod(axis.size for axis in dim)
-
-
-def leaves(dim: Iterable[Axis]) -> Iterator[Axis]:
-    """Every leaf that `dim` is made of."""
-    for root in flat(dim):
-        if isinstance(root.form, Cat):
-            for part in root.form.parts:
-                yield from leaves(part)
-        else:
-            yield root
-
-
-def freeze(dim: Iterable[Axis], reason: str) -> None:
-    """Forbid cutting any part of `dim`; the first reason stays."""
-    for leaf in leaves(dim):
-        leaf.frozen = leaf.frozen or reason
-
-
-def normalise(dim: Iterable[Axis]) -> None:
-    """Note that statistics are taken over `dim`: removing units changes the units that stay."""
-    for leaf in leaves(dim):
-        leaf.normalised = True
-
-
-def mark(dim: Iterable[Axis], name: str) -> None:
-    """Note the use that `dim` is put to (see `groups.role`)."""
-    for leaf in leaves(dim):
-        leaf.marks.add(name)
-
-
-def is_frozen(dim: Iterable[Axis]) -> bool:
-    """True where no part of `dim` may be cut."""
-    return all(leaf.frozen for leaf in leaves(dim))
-
-
-def parts(dim: Dim) -> list[Dim]:
-    """`dim` as dims laid end to end: a leading concatenation distributes over the factors after it."""
-    factors = flat(dim)
-    if not factors or not isinstance(factors[0].form, Cat):
-        return [tuple(factors)]
-    tail = tuple(factors[1:])
-    return [piece + tail for part in factors[0].form.parts for piece in parts(part)]
+from hf_prune.graph.axes import Axis, Cat, Dim, Product, flat, freeze, fresh, is_frozen, leaves, parts, size
 
 
 def concatenate(dims: Sequence[Dim]) -> Dim:
@@ -144,8 +33,8 @@ def split(root: Axis, left: int) -> bool:
 
 def _split_pieces(root: Axis, pieces: list[Dim], right: int) -> bool:
     """Each piece is `(n, right)` with one shared `right`: heads of different streams, or equal parts as `(3, d)`."""
-    divided = [divide(piece, right) for piece in pieces]
-    if any(pair is None for pair in divided):
+    divided = [pair for piece in pieces if (pair := divide(piece, right)) is not None]
+    if len(divided) < len(pieces):
         return _give_up(root)
     shared = divided[0][1]
     for _, tail in divided[1:]:
@@ -251,7 +140,9 @@ def _cut_cat(lead: Axis, tail: Dim, at: int) -> tuple[Dim, Dim]:
 def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     """A view: forget the borders between `dims`, then cut the factor sequence anew into `sizes`."""
     rest: Dim = tuple(axis for dim in dims for axis in flat(dim))
-    sizes, head, tail = list(sizes), [], []
+    head: list[Dim] = []
+    tail: list[Dim] = []
+    sizes = list(sizes)
     while sizes and (taken := take(rest, sizes[0])) is not None:
         head.append(taken[0])
         rest = taken[1]
@@ -318,11 +209,3 @@ def _align(left: list[Dim], right: list[Dim]) -> None:
             b, rest = cut(b, size(a))
             right.insert(0, rest)
         unify(a, b)
-
-
-class Shape(tuple[Dim, ...]):
-    """The dims of one tensor, in order."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(map(size, self))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
-from hf_prune.graph.dims import Axis, Dim, Shape, concatenate, flat, freeze, fresh, is_frozen, parts, size, take, unify
+from hf_prune.graph.axes import Axis, Dim, Shape, flat, freeze, fresh, is_frozen, parts, size
+from hf_prune.graph.dims import concatenate, take, unify
 from hf_prune.graph.traced_int import Attribute, Expression, Read, Term, TracedInt
 
 NUMBER = "a number in code"

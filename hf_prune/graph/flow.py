@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from hf_prune.graph.dims import Dim, Shape, freeze, fresh
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh
 from hf_prune.graph.equations import Equations
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.scales import Scale
-from hf_prune.graph.trace import Trace
+from hf_prune.graph.trace import Operation, Trace
 from hf_prune.graph.traced_int import Expression
 
 FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
@@ -48,7 +48,7 @@ class Flow:
             if expression not in free:
                 self.equations.pin(expression)
 
-    def _visit(self, node: Node) -> None:
+    def _visit(self, node: Operation) -> None:
         if node in self.trace.tensors:
             self.shapes[node] = self.tensors[self.trace.tensors[node]] = _unknown(node, None)
         elif node.op in ("placeholder", "get_attr"):
@@ -58,7 +58,7 @@ class Flow:
         else:
             _freeze_all(map_arg(node.args, self.shapes.get), "model output")
 
-    def _apply(self, node: Node) -> Any:
+    def _apply(self, node: Operation) -> Any:
         args, kwargs = map_arg(self.trace.arguments.get(node, (node.args, dict(node.kwargs))), self.shapes.get)
         if node.target is operator.getitem:
             return args[0][args[1]]
@@ -66,15 +66,15 @@ class Flow:
         if not values:
             return None
         rule = rule_for(node.target)
-        obstacle = _obstacle(node, values, rule)
-        if obstacle:
-            return self._stop(node, (args, kwargs), obstacle)
+        obstacle = _obstacle(node, values)
+        if rule is None or obstacle:
+            return self._stop(node, (args, kwargs), obstacle or f"operation {name_of(node.target)} is not known")
         result = rule(self, node, *args, **kwargs)
         if [shape.sizes for shape in _shapes_in(result)] != [tuple(value.shape) for value in values]:
             return self._stop(node, (args, kwargs), f"the rule of {name_of(node.target)} disagrees with its result")
         return result
 
-    def _stop(self, node: Node, inputs: Any, reason: str) -> Any:
+    def _stop(self, node: Operation, inputs: Any, reason: str) -> Any:
         """Freeze everything that goes into `node`; what comes out is new and frozen too."""
         _freeze_all(inputs, reason)
         return _unknown(node, reason)
@@ -83,7 +83,7 @@ class Flow:
         """True for a parameter or buffer of the model, also where it was only turned around or cast."""
         return self._origin(node) in self.trace.tensors
 
-    def consume(self, node: Node, dim: int) -> None:
+    def consume(self, node: Operation, dim: int) -> None:
         """Note that a contraction sums over dimension `dim` of `node`, where that is a tensor of the model."""
         wanted, origin = self.shapes[node][dim], self._origin(node)
         if origin in self.trace.tensors:
@@ -101,20 +101,19 @@ class Flow:
         self.costs.append(tuple(axis for dim in dims for axis in dim))
 
 
-def _obstacle(node: Node, values: list[Tensor], rule: Any) -> str | None:
-    """Why no rule can follow `node`, if none can."""
-    if rule is None:
-        return f"operation {name_of(node.target)} is not known"
+def _obstacle(node: Operation, values: list[Tensor]) -> str | None:
+    """Why no rule can follow `node`, if there is a reason in its arguments or results."""
     if not all(value.numel() for value in values) and name_of(node.target) not in EMPTY_ALLOWED:
         return "empty tensor"
-    kinds = (str(argument.type) for argument in node.target._schema.arguments)
+    schema = getattr(node.target, "_schema", None)
+    kinds = (str(argument.type) for argument in (schema.arguments if schema else ()))
     if any("int" in kind and _holds_node(value) for kind, value in zip(kinds, node.args, strict=False)):
         return "a size that is read from data"
     return None
 
 
 def _holds_node(value: Any) -> bool:
-    return isinstance(value, Node) or isinstance(value, list | tuple) and any(map(_holds_node, value))
+    return isinstance(value, Node) or (isinstance(value, list | tuple) and any(map(_holds_node, value)))
 
 
 def _live(trace: Trace) -> set[Node]:
@@ -127,13 +126,13 @@ def _live(trace: Trace) -> set[Node]:
     return live
 
 
-def _values(node: Node) -> Iterator[Tensor]:
+def _values(node: Operation) -> Iterator[Tensor]:
     """The tensors that `node` gives, as the trace saw them."""
     value = node.meta.get("val")
     return (item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor))
 
 
-def _unknown(node: Node, frozen: str | None) -> Any:
+def _unknown(node: Operation, frozen: str | None) -> Any:
     """New axes for what `node` gives."""
     value = node.meta.get("val")
     if isinstance(value, tuple | list):

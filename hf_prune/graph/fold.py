@@ -38,12 +38,12 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
             lost.append(layer.weight)
         elif layer.bias is not None:
             tensors[layer.bias] += _shift(layer, tensors[layer.weight], emitted)
-        else:
+        elif layer.mean is not None:
             tensors[layer.mean] -= _shift(layer, tensors[layer.weight], emitted)
     if lost:
         warnings.warn(
             f"removed units emit constants that {', '.join(lost)} cannot take over (no bias, groups, or padding with "
-            "zeros): the output changes. Set what these units add (biases, norm offsets) to zero as well, or fine-tune.",
+            "zeros): the output changes. Set what these units add (biases, norm offsets) to zero too, or fine-tune.",
             stacklevel=3,
         )
 
@@ -80,22 +80,23 @@ def _unread(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
 def _constant(group: Group, constants: Constants) -> Tensor:
     """Units that every reader sees as a constant that it can fold."""
     readers = [member for member in group.members if member.reads]
-    uses = [(member, layer) for member in readers for layer in constants.layers if layer.weight == member.tensor]
-    values = [constants.read_by(layer) for _, layer in uses]
-    if not readers or len({member for member, _ in uses}) < len(readers) or any(each is None for each in values):
-        return torch.zeros(group.size, dtype=torch.bool)
-    known = [
-        (each.isfinite() if _foldable(layer) else each == 0)[unit_indices(member, group.size)].all(1)
-        for (member, layer), each in zip(uses, values, strict=True)
-    ]
-    return torch.stack(known).all(0).cpu()
+    known = []
+    for member in readers:
+        layers = [layer for layer in constants.layers if layer.weight == member.tensor]
+        values = [constants.read_by(layer) for layer in layers]
+        for layer, each in zip(layers, values, strict=True):
+            if each is not None:
+                fine = each.isfinite() if _foldable(layer) else each == 0
+                known.append(fine[unit_indices(member, group.size)].all(1).cpu())
+        if not layers or any(each is None for each in values):
+            return torch.zeros(group.size, dtype=torch.bool)
+    return torch.stack(known).all(0) if known else torch.zeros(group.size, dtype=torch.bool)
 
 
 def _units(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
     """`tensor` regrouped as `(units, elements)`."""
-    units, width = indices.shape
     rows = tensor.movedim(dim, 0)[indices.flatten().to(tensor.device)]
-    return rows.reshape(units, -1)
+    return rows.reshape(len(indices), -1)
 
 
 def _foldable(layer: Layer) -> bool:

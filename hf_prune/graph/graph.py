@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_prune.graph.dims import Axis
+from hf_prune.graph.axes import Axis, freeze
+from hf_prune.graph.example import example_inputs as default_inputs
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups
 from hf_prune.graph.prices import Price, Prices
@@ -49,19 +50,22 @@ class Graph:
         return Prices(list(self.axes.values()), self.flow.costs, tensors, _samples(self.inputs))
 
 
-def trace(model: nn.Module, example_inputs: Inputs) -> Graph:
+def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Graph:
     """Find the dimension groups of `model` from one run on `example_inputs`; the model stays as it is.
 
-    example_inputs: keyword tensors, or a tuple of positional ones. Their sizes should differ from each other and from
-    the model's own (batch 2, odd lengths). Works on frozen models and on models on the meta device.
+    example_inputs: keyword tensors, or a tuple of positional ones; made from the config where omitted. Their sizes
+    should differ from each other and from the model's own (batch 2, odd lengths). Works on frozen models and on models
+    on the meta device.
     """
-    recorded = record(model, example_inputs)
-    flow = Flow(recorded, *find_scales(model, example_inputs, recorded))
+    inputs = default_inputs(model) if example_inputs is None else example_inputs
+    recorded = record(model, inputs)
+    flow = Flow(recorded, *find_scales(model, inputs, recorded))
+    for name in flow.tensors.keys() - model.state_dict().keys():
+        for dim in flow.tensors[name]:
+            freeze(dim, f"{name} has it, a buffer that checkpoints do not hold")
     parameters = dict(model.named_parameters())
     free, frozen, axes = find_groups(flow, set(parameters))
-    return Graph(
-        free, frozen, axes, flow, example_inputs, {name: each.element_size() for name, each in parameters.items()}
-    )
+    return Graph(free, frozen, axes, flow, inputs, {name: each.element_size() for name, each in parameters.items()})
 
 
 def _samples(inputs: Inputs) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from os.path import commonprefix
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from hf_prune.graph.dims import Axis, Cat, Dim, flat, size
+from hf_prune.graph.axes import Axis, Cat, Dim, flat, size
 from hf_prune.graph.flow import Flow
 from hf_prune.types import Group, Member
 
@@ -34,7 +34,8 @@ def occurrences(dim: Dim) -> Iterator[tuple[Axis, Member]]:
 
 def _inside(place: Member, start: int, outer: int, pitch: int, inner: int) -> Iterator[Member]:
     """`place` as seen from a dim that repeats its dim `outer` times every `pitch` indices, from `start` on."""
-    moved = replace(place, start=(start + place.start) * inner, pitch=place.pitch * inner, inner=place.inner * inner)
+    own = place.pitch or 0  # `occurrences` always gives one
+    moved = replace(place, start=(start + place.start) * inner, pitch=own * inner, inner=place.inner * inner)
     if outer == 1:
         yield moved
     elif place.outer == 1:
@@ -97,6 +98,12 @@ def _name(role: str, writers: Sequence[Member]) -> str:
     """
     paths = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in writers))
     if len(paths) > 1 and role in ("heads", "head_width", "stream"):
-        return ".".join([*commonprefix([path.split(".") for path in paths]), role])
+        return ".".join([*_common([path.split(".") for path in paths]), role])
     whole = writers[0].outer == writers[0].inner == 1
     return paths[0] if whole and paths[0] else ".".join([paths[0], role]).lstrip(".")
+
+
+def _common(paths: Sequence[list[str]]) -> list[str]:
+    """What all paths begin with."""
+    columns = zip(*paths, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]

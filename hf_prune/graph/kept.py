@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_prune.graph.dims import Axis, Cat, Dim, flat, leaves, size
+from hf_prune.graph.axes import Axis, Cat, Dim, flat, leaves, size
 
 Kept = Mapping[Axis, Tensor]
 """Axis that loses units -> indices of those that stay."""

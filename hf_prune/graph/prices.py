@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_prune.graph.dims import Axis, Cat, Dim, flat
+from hf_prune.graph.axes import Axis, Cat, Dim, flat
 
 Polynomial = Counter[tuple[int, ...]]
 """Sorted variable numbers, repeated for powers -> coefficient."""
@@ -32,13 +32,15 @@ class Prices:
     ) -> None:
         """costs: one dim an operation.  tensors: all dims of each parameter in one, and bytes an element."""
         number = {axis: place for place, axis in enumerate(axes)}
-        multiply_adds, parameters, size = Counter(), Counter(), Counter()
+        multiply_adds: Polynomial = Counter()
+        parameters: Polynomial = Counter()
+        size: Polynomial = Counter()
         for dim in costs:
             multiply_adds.update(_polynomial(dim, number))
         for dim, width in tensors:
-            terms = _polynomial(dim, number)
-            parameters.update(terms)
-            size.update({term: count * width for term, count in terms.items()})
+            entries = _polynomial(dim, number)
+            parameters.update(entries)
+            size.update({term: count * width for term, count in entries.items()})
         terms = sorted({*multiply_adds, *parameters})
         one = len(axes)
         degree = max(map(len, terms), default=0)
@@ -48,7 +50,7 @@ class Prices:
         self.coefficients[0] /= samples
 
     def at(self, sizes: Tensor) -> Tensor:
-        """Multiply-adds per sample, parameters and bytes, shape `(3,)`, differentiable in `sizes`, shape `(groups,)`."""
+        """Multiply-adds per sample, parameters and bytes, shape `(3,)`, differentiable in `sizes`: `(groups,)`."""
         extended = torch.cat([sizes.to(torch.float64), sizes.new_ones(1, dtype=torch.float64)])
         return self.coefficients.to(sizes.device) @ extended[self.factors.to(sizes.device)].prod(1)
 

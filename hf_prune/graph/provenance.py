@@ -1,4 +1,4 @@
-"""Follows sizes through a running model: shape reads become `TracedInt`, and operations remember the sizes they were given."""
+"""Follows sizes through a running model: shape reads become `TracedInt`, operations remember what they were given."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from hf_prune.graph.table import is_size
 from hf_prune.graph.traced_int import Read, TracedInt
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-SHAPE_READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.__len__}
+SHAPE_READS = {vars(torch._C.TensorBase)["shape"].__get__, torch.Tensor.size, torch.Tensor.__len__}
 
 
 class Provenance(TorchFunctionMode):
@@ -38,7 +39,7 @@ class Provenance(TorchFunctionMode):
             return self._enter(function, args, kwargs)
         if function in SHAPE_READS:
             return _tagged_shape(args[0], function(*args, **kwargs), *args[1:], **kwargs)
-        nodes = get_proxy_mode().tracer.graph.nodes
+        nodes = _tracer().graph.nodes
         last = next(iter(reversed(nodes)))
         result = function(*args, **kwargs)
         offered, slices = list(_ints((args, kwargs))), list(_slices(args))
@@ -55,17 +56,19 @@ class Provenance(TorchFunctionMode):
         finally:
             self._running.pop()
 
-    def _annotate(self, node: Node, offered: list[int], slices: list[slice]) -> None:
+    def _annotate(self, node: Any, offered: list[int], slices: list[slice]) -> None:
         """Give `node` and all later nodes the sizes of the call that created them."""
         while node.op != "root":
-            if slices and node.target is torch.ops.aten.slice.Tensor:
-                self.arguments[node] = _with_bounds(node, slices.pop(0)), {}
-            else:
-                supply = iter(_aligned([int(value) for value in _ints((node.args, node.kwargs))], offered))
-                self.arguments[node] = map_aggregate(
-                    (node.args, dict(node.kwargs)), lambda value: next(supply) if _is_int(value) else value
-                )
+            bounds = slices.pop(0) if slices and node.target is torch.ops.aten.slice.Tensor else None
+            self.arguments[node] = _with_sizes(node, offered) if bounds is None else (_with_bounds(node, bounds), {})
             node = node.next
+
+
+def _tracer() -> Any:
+    """The tracer at work; there is one whenever the mode is active."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer
 
 
 @cache
@@ -84,7 +87,7 @@ def _body(function: FunctionType) -> FunctionType:
 
 def _tagged_shape(tensor: Tensor, result: Any, dim: int | None = None) -> Any:
     """`result` of reading the shape of `tensor`, as sizes."""
-    slot = get_proxy_slot(tensor, get_proxy_mode().tracer, None)
+    slot = get_proxy_slot(tensor, _tracer(), None)
     if slot is None:
         return result
     node = slot.proxy.node.name
@@ -93,13 +96,9 @@ def _tagged_shape(tensor: Tensor, result: Any, dim: int | None = None) -> Any:
     return TracedInt(result, Read(node, (dim or 0) % tensor.dim()))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _ints(value: Any) -> Iterator[int]:
     """Every int in nested arguments, in order; bounds of slices are not among them."""
-    if _is_int(value):
+    if is_size(value):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
@@ -118,6 +117,13 @@ def _slices(value: Any) -> Iterator[slice]:
             yield from _slices(item)
 
 
+def _with_sizes(node: Any, offered: list[int]) -> Arguments:
+    """Arguments of a node with the sizes that its caller passed."""
+    given = (node.args, dict(node.kwargs))
+    supply = iter(_aligned([int(value) for value in _ints(given)], offered))
+    return map_aggregate(given, lambda value: next(supply) if is_size(value) else value)
+
+
 def _aligned(wanted: list[int], offered: list[int]) -> list[int]:
     """For each number that an operation got, the size that the caller passed at that place; itself where none fits."""
     rest, result = list(offered), []
@@ -128,7 +134,7 @@ def _aligned(wanted: list[int], offered: list[int]) -> list[int]:
     return result
 
 
-def _with_bounds(node: Node, bounds: slice) -> tuple[Any, ...]:
+def _with_bounds(node: Any, bounds: slice) -> tuple[Any, ...]:
     """Arguments of a slice node with the start and stop that Python code wrote, where they are what the node got."""
     args = list(node.args)
     for place, bound in ((2, bounds.start), (3, bounds.stop)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from hf_prune.graph.rules import name_of, view
-from hf_prune.graph.trace import Inputs, Trace, record_on, tensors_of
+from hf_prune.graph.trace import Inputs, Operation, Trace, record_on, tensors_of
 from hf_prune.graph.traced_int import Expression
 
 ATTENTION = "scaled_dot_product_attention"
@@ -40,17 +40,17 @@ LAYERS = {"linear": (0, 1, 2), "addmm": (1, 2, 0), "conv1d": (0, 1, 2), "conv2d"
 class Scale:
     """A multiplication of `node` whose factor follows a size, and the weight that can take the factor over."""
 
-    node: Node
-    layer: Node
-    weight: Node
-    bias: Node | None
+    node: Operation
+    layer: Operation
+    weight: Operation
+    bias: Operation | None
     rows: tuple[int, ...]
     """Outputs of the layer that `node` scales."""
-    start: Node
+    start: Operation
     """From here on the rows are a tensor of their own."""
 
 
-def constant(node: Node) -> float:
+def constant(node: Operation) -> float:
     """What `node` multiplies by."""
     if name_of(node.target) == ATTENTION:
         scale = node.kwargs.get("scale")
@@ -72,7 +72,7 @@ def find_scales(model: nn.Module, inputs: Inputs, trace: Trace) -> tuple[list[Sc
     return good, {source for source, dependents in users.items() if dependents and dependents <= nodes}
 
 
-def _is_implicit(node: Node) -> bool:
+def _is_implicit(node: Operation) -> bool:
     """Attention that takes its scale from the width of the query."""
     return node.op == "call_function" and name_of(node.target) == ATTENTION and node.kwargs.get("scale") is None
 
@@ -80,8 +80,8 @@ def _is_implicit(node: Node) -> bool:
 def _dependents(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[Expression, set[Node]]:
     """For each size that is used as a float, the nodes whose constants follow it.
 
-    A size for which none is found has an effect that cannot be seen and gets an empty set; where a constant changes in a
-    way that no single size explains, all sets are empty.
+    A size for which none is found has an effect that cannot be seen and gets an empty set; where a constant changes
+    in a way that no single size explains, all sets are empty.
     """
     random = Random(0)
     logs = {source: random.uniform(1e-3, 2e-3) for source in sorted(trace.uses.floats, key=repr)}
@@ -89,18 +89,25 @@ def _dependents(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[Expressi
     factors = {source: math.exp(log) for source, log in logs.items()}
     probe = record_on(model, tensors, inputs, trace.real, factors)
     found: dict[Expression, set[Node]] = {source: set() for source in logs}
-    pairs = zip(trace.graph.nodes, probe.graph.nodes, strict=False)
-    for old, new in pairs:
+    for old, new in zip(trace.graph.nodes, probe.graph.nodes, strict=False):
         changed = [(a, b) for a, b in zip(_floats(old), _floats(new), strict=False) if a != b]
         source = _explanation(changed, logs)
-        if old.target != new.target or (changed and source is None):
+        if old.target != new.target or (changed and source is None) or _held(old) != _held(new):
             return {source: set() for source in logs}
-        if changed:
+        if source is not None:
             found[source].add(old)
     return found
 
 
-def _floats(node: Node) -> list[float]:
+def _held(node: Operation) -> list[float] | None:
+    """Values of a tensor that code made from numbers."""
+    if node.op != "get_attr":
+        return None
+    held: Tensor = getattr(node.graph.owning_module, node.target)
+    return held.flatten().tolist()
+
+
+def _floats(node: Operation) -> list[float]:
     return [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
 
 
@@ -113,12 +120,13 @@ def _explanation(changed: list[tuple[float, float]], logs: dict[Expression, floa
     return next((source for source, log in powers if math.isclose(ratio, log, rel_tol=1e-9)), None)
 
 
-def _scale(trace: Trace, node: Node) -> Scale | None:
+def _scale(trace: Trace, node: Operation) -> Scale | None:
     """Follow the first factor of what `node` scales up to the layer that made it."""
     name = name_of(node.target)
     if name not in ("mul", "div", ATTENTION) or (name != ATTENTION and not isinstance(node.args[1], float)):
         return None
-    path, source = [], node.args[0]
+    path: list[Operation] = []
+    source = node.args[0]
     while isinstance(source, Node) and source.op == "call_function":
         name = name_of(source.target)
         if name in LAYERS:
@@ -130,7 +138,7 @@ def _scale(trace: Trace, node: Node) -> Scale | None:
     return None
 
 
-def _at_layer(trace: Trace, node: Node, layer: Node, path: list[Node]) -> Scale | None:
+def _at_layer(trace: Trace, node: Operation, layer: Operation, path: list[Node]) -> Scale | None:
     """The rows of `layer` that arrive at the end of `path`, found by sending their numbers along."""
     _, weight, bias = (
         layer.args[place] if place < len(layer.args) else None for place in LAYERS[name_of(layer.target)]
@@ -144,7 +152,8 @@ def _at_layer(trace: Trace, node: Node, layer: Node, path: list[Node]) -> Scale 
     numbers = torch.arange(shape[channel]).view([-1 if d == channel % len(shape) else 1 for d in range(len(shape))])
     value: Any = numbers.expand(shape)
     for each in path[: last + 1]:
-        value = each.target(value, *each.args[1:], **each.kwargs)
+        function: Any = each.target
+        value = function(value, *each.args[1:], **each.kwargs)
     rows = tuple(value.unique().tolist())
     return Scale(node, layer, weight, bias, rows, path[last] if last >= 0 else layer)
 
@@ -166,7 +175,7 @@ def _is_undone(trace: Trace, scales: list[Scale]) -> bool:
     return True
 
 
-def _degree(node: Node, degrees: Mapping[Node, int], scaled: bool) -> int | None:
+def _degree(node: Operation, degrees: Mapping[Node, int], scaled: bool) -> int | None:
     """Degree of what `node` gives; None where it is not a product of the factor and something else."""
     name = name_of(node.target) if node.op == "call_function" else node.op
     listed = node.args[0] if name in ("cat", "stack") else node.args[1] if name == "einsum" else node.args

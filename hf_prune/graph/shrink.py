@@ -1,4 +1,4 @@
-"""The only code that changes tensor sizes: selects the kept indices of every tensor and rewrites the sizes beside them."""
+"""The only code that cuts tensors: selects the kept indices of each, and rewrites the sizes that code keeps."""
 
 from __future__ import annotations
 

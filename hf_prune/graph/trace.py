@@ -28,6 +28,9 @@ from hf_prune.graph.provenance import Arguments, Provenance
 from hf_prune.graph.traced_int import Expression, Uses, recording
 from hf_prune.types import PruneError
 
+Operation = Any
+"""A node of the traced graph; fx types the arguments of its nodes too loosely to be of use."""
+
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
 AUXILIARY = ("hidden_state", "attentions", "past_key_values", "loss")
@@ -36,7 +39,7 @@ AUXILIARY = ("hidden_state", "attentions", "past_key_values", "loss")
 
 @dataclass
 class Trace:
-    """Operations of one run, in order. `arguments` replaces a node's ints by `TracedInt` where their source is known."""
+    """Operations of one run, in order. `arguments` has a node's ints as `TracedInt` where their source is known."""
 
     graph: FxGraph
     tensors: dict[Node, str]
@@ -119,8 +122,9 @@ def record_on(
     if not real:
         with FakeTensorMode(allow_non_fake_inputs=True):
             example = pytree.tree_map(_fake_like, example)
-    mode = "real" if real else "fake"
-    tracer = make_fx(run, tracing_mode=mode, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    tracer = make_fx(
+        run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
+    )
     with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
         model.eval()
         tag(model)

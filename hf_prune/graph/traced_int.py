@@ -1,8 +1,8 @@
 """Integers that know where they come from, so that a size in the graph is an equation instead of a bare number.
 
-While a model is traced, its int attributes and the shapes that it reads are `TracedInt` objects: ordinary ints that carry an
-expression over attributes and shape reads. Arithmetic builds larger expressions; a use as a float (an attention scale)
-and a comparison (a guard) are recorded, because both break silently when the value changes.
+While a model is traced, its int attributes and the shapes that it reads are `TracedInt` objects: ordinary ints that
+carry an expression over attributes and shape reads. Arithmetic builds larger expressions; a use as a float (an
+attention scale) and a comparison (a guard) are recorded, because both break silently when the value changes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TracedInt(int):
 
     source: Expression
 
-    def __new__(cls, value: int, source: Expression) -> TracedInt:
+    def __new__(cls, value: int, source: Expression) -> TracedInt:  # noqa: D102
         self = super().__new__(cls, value)
         self.source = source
         return self
@@ -93,7 +93,7 @@ class TracedInt(int):
     def __eq__(self, other: object) -> bool:
         result = int.__eq__(self, other)
         uses = _uses.get()
-        if result is True and uses is not None:
+        if result is True and uses is not None and isinstance(other, int):
             uses.equal.add((self.source, expression(other)))
         return result
 

@@ -9,7 +9,6 @@ from itertools import zip_longest
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,7 @@ from hf_prune.graph.groups import unit_indices
 from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
 from hf_prune.graph.scales import Scale, constant
-from hf_prune.graph.trace import Inputs, Trace, call, record_on, tensors_of
+from hf_prune.graph.trace import Inputs, Operation, Trace, call, record_on, tensors_of
 from hf_prune.types import Plan, PruneError, ShapeTable
 
 LAYOUT = {*view.RULES, *FOLLOWED, "slice", "select", "getitem"}
@@ -111,12 +110,12 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, fl
     return ratios
 
 
-def _operations(trace: Trace) -> Iterator[Node]:
+def _operations(trace: Trace) -> Iterator[Operation]:
     """The operations that compute; how tensors are laid out may depend on sizes."""
     return (node for node in trace.graph.nodes if node.op == "call_function" and name_of(node.target) not in LAYOUT)
 
 
-def _floats(node: Node) -> list[float]:
+def _floats(node: Operation) -> list[float]:
     """Float constants among the arguments of `node`."""
     return [value for value in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(value, float)]
 

@@ -48,10 +48,10 @@ def writers(model: nn.Module, graph: Graph, group: Group) -> tuple[Writer, ...]:
             continue
         path = member.tensor.rpartition(".")[0]
         layer = model.get_submodule(path)
-        groups = getattr(layer, "groups", 1)
-        if groups == tensors[member.tensor].shape[0] == getattr(layer, "in_channels", None) > 1:
+        groups, shape = getattr(layer, "groups", 1), tensors[member.tensor].shape
+        if groups == shape[0] > 1 == shape[1]:
             continue
-        alone = member.outer == member.inner == 1 and tensors[member.tensor].shape[member.dim] == group.size
+        alone = member.outer == member.inner == 1 and shape[member.dim] == group.size
         if not (alone and groups == 1 and _is_plain(layer, LAYERS)):
             return ()
         norm = _norm_behind(model, graph, member.tensor)

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,12 +159,12 @@ class CompactorGate:
     def insert(self, model: nn.Module) -> None:
         """Register the compactor in the first layer's module and send the output of all through it."""
         for writer in self.writers:
-            host = model.get_submodule(writer.host)
+            host: Any = model.get_submodule(writer.host)
             if writer is self.writers[0]:
                 host.add_module("compactor", self.compactor)
             # In a tuple, so that a compactor shared by several layers is registered, saved and moved once.
-            host.shared_compactor = (self.compactor,)  # type: ignore[assignment]
-            host.__class__ = _compacted(type(host))
+            host.shared_compactor = (self.compactor,)
+            host.__class__ = _compacted(type(host))  # type: ignore[arg-type]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Q, under the kind "compactors"."""
@@ -183,11 +183,13 @@ class CompactorGate:
         """Multiply Q, its forgotten rows zero, into the layers of `model` and give their modules their classes back."""
         for writer in self.writers:
             host: Any = model.get_submodule(writer.host)
+            if not hasattr(host, "shared_compactor"):
+                continue  # folded before, by a `finalize` that could not go on
             compactor: Compactor = host.shared_compactor[0]  # of this model, which may be a copy
             host.__class__ = host.plain
             del host.shared_compactor
             host._modules.pop("compactor", None)
-            _absorb(model, writer, torch.where(compactor.keep[:, None], compactor.weight, 0.0).double())
+            _absorb(model, writer, _exact(torch.where(compactor.keep[:, None], compactor.weight, 0.0)))
 
 
 def _absorb(model: nn.Module, writer: Writer, Q: Tensor) -> None:
@@ -196,20 +198,25 @@ def _absorb(model: nn.Module, writer: Writer, Q: Tensor) -> None:
     Any variance v' is exact with the scale sqrt(v' + eps). It is what W' x would have with uncorrelated channels, so
     that statistics of batches are near it when training goes on.
     """
-    layer, norm = model.get_submodule(writer.layer), cast(Any, model.get_submodule(writer.norm or writer.layer))
+    layer: Any = model.get_submodule(writer.layer)
     if writer.norm is not None:
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
-        gain = (variance + norm.eps).rsqrt() * (norm.weight.double() if norm.affine else 1.0)
-        shift, Q = Q, Q * gain
+        norm: Any = model.get_submodule(writer.norm)
+        mean, variance = _exact(norm.running_mean), _exact(norm.running_var)
+        scale = _exact(norm.weight) if norm.affine else torch.ones_like(variance)
+        shift, Q = Q, Q * scale * (variance + norm.eps).rsqrt()
         norm.running_mean.copy_(Q @ mean)
         norm.running_var.copy_(Q.square() @ variance if norm.affine else torch.full_like(variance, 1.0 - norm.eps))
         if norm.affine:
-            norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
-            norm.bias.copy_(shift @ norm.bias.double())
-    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias if hasattr(layer, "bias") else None)
-    weight.copy_(torch.tensordot(Q, weight.double(), dims=([1], [writer.dim])).movedim(0, writer.dim))
-    if bias is not None:
-        bias.copy_(Q @ bias.double())
+            norm.weight.copy_((_exact(norm.running_var) + norm.eps).sqrt())
+            norm.bias.copy_(shift @ _exact(norm.bias))
+    layer.weight.copy_(torch.tensordot(Q, _exact(layer.weight), dims=([1], [writer.dim])).movedim(0, writer.dim))
+    if layer.bias is not None:
+        layer.bias.copy_(Q @ _exact(layer.bias))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In double precision, on the CPU: not every device has it."""
+    return tensor.detach().cpu().double()
 
 
 class Forgetting:

@@ -68,7 +68,7 @@ class Distiller:
     """
 
     def __init__(self, teachers: Sequence[nn.Module], config: DistillConfig, student: nn.Module) -> None:
-        self.teachers = tuple(teacher.requires_grad_(False).eval() for teacher in teachers)
+        self.teachers = tuple(teachers)
         self.config = config
         if (config.hidden_weight or config.attention_weight) and len(self.teachers) > 1:
             raise PruneError("hidden_weight and attention_weight compare layers of one teacher, got several teachers.")

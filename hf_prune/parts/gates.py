@@ -7,7 +7,8 @@ afterwards the model has its own parameters only, with removed units exactly zer
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -170,6 +171,25 @@ def copy_with_gates(model: nn.Module) -> nn.Module:
             shared = type(module)
             module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     return copied
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the modules, parameters, buffers and hooks of `model` back where they were if the block raises."""
+    # Parametrizing swaps a module's class and moves its parameters; both are undone, values were not touched.
+    before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 def refuse_parametrized(model: nn.Module, tensors: Iterable[str]) -> None:

@@ -71,7 +71,7 @@ def _pick(values: Tensor, chosen: Tensor) -> Tensor:
     """`values[chosen]` for few chosen values: eight flags at a time are looked at as one integer, which is faster."""
     whole = len(values) // 8 * 8
     words = chosen[:whole].view(torch.int64).nonzero()[:, 0]
-    near, flags = values[:whole].view(-1, 8)[words], chosen[:whole].view(-1, 8)[words]
+    near, flags = values[:whole].reshape(-1, 8)[words], chosen[:whole].view(-1, 8)[words]
     return torch.cat([near[flags], values[whole:][chosen[whole:]]])
 
 
@@ -104,6 +104,9 @@ def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int],
             break
         for name in short:
             raised[name] = scores[name].masked_fill(keep_highest([scores[name]], floors[name])[0], float("inf"))
+    else:
+        # The floors alone cost more than the goal leaves: they win.
+        return {n: plan[n] | keep_highest([s], floors[n])[0] for n, s in scores.items()}
     return plan
 
 

@@ -1,22 +1,19 @@
 """What each ATen operation does to dims: a table from the operation's name to its rule.
 
-A rule takes the flow, the node and the node's arguments, with a `Shape` for each tensor and a `TracedInt` for each number
-of known source. It unifies, splits and freezes dims and returns the shape of the result (a list where there are
+A rule takes the flow, the node and the node's arguments, with a `Shape` for each tensor and a `TracedInt` for each
+number of known source. It unifies, splits and freezes dims and returns the shape of the result (a list where there are
 several). An operation without a rule is not guessed: `rule_for` gives None and the flow freezes what it touches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
 from hf_prune.graph.rules import contract, create, index, reduce, spatial, view
-from hf_prune.graph.rules.pointwise import POINTWISE, pointwise
-
-Rule = Callable[..., Any]
+from hf_prune.graph.rules.pointwise import POINTWISE, Rule, pointwise
 
 RULES: dict[str, Rule] = {
     **contract.RULES,

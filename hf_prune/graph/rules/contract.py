@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_prune.graph.dims import Axis, Dim, Shape, divide, freeze, fresh, mark, size, take, unify
-from hf_prune.graph.rules.pointwise import broadcast
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, mark, size
+from hf_prune.graph.dims import take, unify
+from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 SUMMED = "summed"
 """Marks axes that are summed over without a weight to read them: a unit that no weight reads may still matter."""
@@ -104,13 +105,14 @@ def convolution(
     groups = rest[3] if len(rest) > 3 else 1
     channels, out = x[-len(weight) + 1], weight[0]
     if groups > 1:
-        parts = take(channels, int(groups)), take(out, int(groups))
-        if None in parts:
+        inside, outside = take(channels, int(groups)), take(out, int(groups))
+        if inside is None or outside is None:
             freeze(channels + out + weight[1], "grouped convolution over a mixed dimension")
+            channels = weight[1]
         else:
-            (count, channels), (own_count, _) = parts
-            unify(count, own_count)
-            flow.equations.equate(groups, count, "groups")
+            channels = inside[1]
+            unify(inside[0], outside[0])
+            flow.equations.equate(groups, inside[0], "groups")
     else:
         flow.consume(node.args[1], 1)
     unify(channels, weight[1])
@@ -120,7 +122,10 @@ def convolution(
 def transposed_convolution(
     flow: Any, node: Any, x: Shape, weight: Shape, bias: Shape | None = None, *rest: Any, **_: Any
 ) -> Shape:
-    """`conv_transpose{1,2,3}d(x, weight, bias, stride, padding, output_padding, groups)`; weight `(in, out / groups, *kernel)`."""
+    """`conv_transpose{1,2,3}d(x, weight, bias, stride, padding, output_padding, groups)`.
+
+    The weight is `(in, out / groups, *kernel)`.
+    """
     groups = rest[3] if len(rest) > 3 else 1
     channels, out = x[-len(weight) + 1], weight[1]
     unify(channels, weight[0])
@@ -160,7 +165,7 @@ def _plus(result: Shape, bias: Shape | None) -> Shape:
     return result
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
     **dict.fromkeys(("addmm", "baddbmm"), addmm),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Shape, fresh
+from hf_prune.graph.axes import Shape, fresh
+from hf_prune.graph.rules.pointwise import Rule
 
 
 def filled(flow: Any, node: Any, sizes: Sequence[int], *_: Any, **__: Any) -> Shape:
@@ -34,7 +35,7 @@ def counted(flow: Any, node: Any, *numbers: Any, **_: Any) -> Shape:
     return shape
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), filled),
     **dict.fromkeys(
         ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as"), filled_like

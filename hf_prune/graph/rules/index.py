@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, cut, divide, freeze, fresh, size, unify
-from hf_prune.graph.rules.pointwise import broadcast
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, cut, divide, unify
+from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 CHOSEN = "places chosen by data"
 
@@ -25,9 +26,9 @@ def slice_(
     first, last, _ = slice(start, stop).indices(whole)
     before, rest = cut(x[dim], first)
     dims[dim], after = cut(rest, last - first)
-    if first:
+    if start is not None and first:
         _bound(flow, start, before, concatenate([dims[dim], after]))
-    if last < whole:
+    if stop is not None and last < whole:
         _bound(flow, stop, concatenate([before, dims[dim]]), after)
     return Shape(dims)
 
@@ -71,7 +72,7 @@ def select(flow: Any, node: Any, x: Shape, dim: int, place: int) -> Shape:
 
 
 def index(flow: Any, node: Any, x: Shape, indices: Sequence[Shape | None]) -> Shape:
-    """`x[i, :, j]` with tensors of numbers or a mask: indexed dims are frozen, those of the numbers take their place."""
+    """`x[i, :, j]` with tensors of numbers, whose dims take the place of the indexed ones, or with a mask."""
     before, picked, after = _indexed(node, x, indices)
     if picked is None:
         picked = [fresh(node.meta["val"].shape[len(before)], CHOSEN)]
@@ -93,7 +94,7 @@ def index_put(
 
 def _indexed(
     node: Any, x: Shape, indices: Sequence[Shape | None]
-) -> tuple[Sequence[Dim], list[Dim] | None, Sequence[Dim]]:
+) -> tuple[tuple[Dim, ...], list[Dim] | None, tuple[Dim, ...]]:
     """Dims before, instead of (None: as many as a mask picks) and after the indexed ones.
 
     What stands instead comes first where the indexed dims are not neighbours.
@@ -105,8 +106,8 @@ def _indexed(
     if masked or chosen == list(range(chosen[0], last + 1)):
         before, after, gone = x[: chosen[0]], x[last + 1 :], x[chosen[0] : last + 1]
     else:
-        before, after = [], [dim for place, dim in enumerate(x) if place not in chosen]
-        gone = [x[place] for place in chosen]
+        before, after = (), tuple(dim for place, dim in enumerate(x) if place not in chosen)
+        gone = tuple(x[place] for place in chosen)
     for dim in gone:
         freeze(dim, CHOSEN)
     if masked:
@@ -169,7 +170,7 @@ def meshgrid(flow: Any, node: Any, tensors: Sequence[Shape], indexing: str = "ij
     return [Shape(dims)] * len(tensors)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "slice": slice_,
     "narrow": narrow,
     "select": select,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, flat, mark, unify
+from hf_prune.graph.axes import Dim, Shape, flat, mark
+from hf_prune.graph.dims import unify
 from hf_prune.graph.traced_int import TracedInt
+
+Rule = Callable[..., Any]
 
 POINTWISE = (
     "__and__ __or__ __xor__ _to_copy absolute alias alpha_dropout clip clone contiguous copy detach divide dropout "
-    "feature_dropout hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real relu6 rrelu "
-    "selu square subtract to true_divide"
+    "feature_dropout hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real relu6 "
+    "rrelu selu square subtract to true_divide"
 ).split()
 """Pointwise operations that torch does not tag as such."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, freeze, mark, normalise, take, unify
+from hf_prune.graph.axes import Dim, Shape, freeze, mark, normalise
+from hf_prune.graph.dims import take, unify
 from hf_prune.graph.rules.contract import SUMMED
-from hf_prune.graph.rules.pointwise import pointwise
+from hf_prune.graph.rules.pointwise import Rule, pointwise
 
 Effect = Callable[[Dim], None]
 
@@ -21,7 +22,7 @@ def _compared(dim: Dim) -> None:
     freeze(dim, "its places are compared or ordered")
 
 
-def reducer(effect: Effect) -> Callable[..., Any]:
+def reducer(effect: Effect) -> Rule:
     """Rule of a reduction over `dim`, all dims where it is None; `effect` is what looking along a dim does to it."""
 
     def rule(flow: Any, node: Any, x: Shape, *rest: Any, **kwargs: Any) -> Any:
@@ -46,7 +47,7 @@ def _positions(dim: Any, rank: int) -> set[int]:
     return {int(each) % rank for each in ([dim] if isinstance(dim, int) else dim)}
 
 
-def along(effect: Effect) -> Callable[..., Any]:
+def along(effect: Effect) -> Rule:
     """Rule of an operation that keeps the shape and works along one dim: `softmax(x, dim)`."""
 
     def rule(flow: Any, node: Any, x: Shape, dim: int = -1, *_: Any, **__: Any) -> Any:
@@ -104,7 +105,7 @@ def group_norm(
     return x
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("sum", "nansum", "linalg_vector_norm", "norm"), reducer(_summed)),
     **dict.fromkeys(("mean", "var", "std", "var_mean"), reducer(normalise)),
     **dict.fromkeys(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, divide, freeze, fresh, size
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, divide
+from hf_prune.graph.rules.pointwise import Rule
 from hf_prune.graph.traced_int import TracedInt
 
 
-def places(rank: int) -> Callable[..., Any]:
+def places(rank: int) -> Rule:
     """Rule of pooling and resizing over the last `rank` dims."""
 
     def rule(flow: Any, node: Any, x: Shape, *_: Any, **__: Any) -> Any:
@@ -21,7 +23,7 @@ def places(rank: int) -> Callable[..., Any]:
     return rule
 
 
-def windows(rank: int) -> Callable[..., Any]:
+def windows(rank: int) -> Rule:
     """Rule of pooling with a window of given size: a window of one place leaves its dim alone."""
 
     def rule(flow: Any, node: Any, x: Shape, kernel: Sequence[int], *_: Any, **__: Any) -> Any:
@@ -115,7 +117,7 @@ def channel_shuffle(flow: Any, node: Any, x: Shape, groups: int) -> Shape:
     return Shape((x[0], divided[1] + divided[0], *x[2:]))
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "pad": pad,
     "constant_pad_nd": constant_pad,
     "im2col": unfold_image,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.graph.dims import Dim, Shape, concatenate, cut, fresh, freeze, regroup, size, unify
-from hf_prune.graph.rules.pointwise import broadcast
+from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
+from hf_prune.graph.dims import concatenate, cut, regroup, unify
+from hf_prune.graph.rules.pointwise import Rule, broadcast
 
 
 def view(flow: Any, node: Any, x: Shape, sizes: Sequence[int]) -> Shape:
@@ -186,7 +187,7 @@ def unbind(flow: Any, node: Any, x: Shape, dim: int = 0) -> list[Shape]:
     return [Shape(each for place, each in enumerate(x) if place != dim)] * size(x[dim])
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "_reshape_alias"), view),
     **dict.fromkeys(("view_as", "reshape_as"), view_as),
     "flatten": flatten,
