@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from hf_prune.graph.axes import Dim, flat
+from hf_prune.graph.axes import Dim, flat, size
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.rules.pointwise import pointwise
@@ -31,8 +31,8 @@ PASSING = {
     "select",
     "slice",
 }
-PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
-"""Operations that hand a constant on as long as its dim is whole afterwards: they move or average equal values."""
+PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d", "max_pool3d"}
+"""Operations that hand a constant on as long as its dim is whole afterwards: they move, average or pick equal values."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,18 @@ class Constants:
         return Constant(dim, torch.cat(values))
 
     def _passed(self, node: Operation, values: Tensor) -> Constant | None:
-        """The same values at the place where their dim is now."""
+        """The same values at the place where their dim is now, by itself or as a factor of a larger one."""
         wanted = flat(self.flow.shapes[node.args[0]][self.found[node.args[0]].dim])
-        places = [place for place, dim in enumerate(self.flow.shapes[node]) if wanted and flat(dim) == wanted]
-        return Constant(places[0], values) if len(places) == 1 else None
+        places = [
+            (place, factors[:first], factors[first + len(wanted) :])
+            for place, factors in enumerate(map(flat, self.flow.shapes[node]))
+            for first in range(len(factors))
+            if wanted and factors[first : first + len(wanted)] == wanted
+        ]
+        if len(places) != 1:
+            return None
+        place, outer, inner = places[0]
+        return Constant(place, values.view(1, -1, 1).expand(size(outer), -1, size(inner)).flatten())
 
     def _mapped(self, node: Operation) -> Constant | None:
         """An elementwise function of constants, weights and numbers; zero times anything is zero."""
