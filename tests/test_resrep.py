@@ -1,16 +1,18 @@
-"""Acceptance of the ResRep spec: identity and exact merge, gradient law, shrink time, release, and what pruning costs."""
+"""Acceptance of the ResRep spec: identity and exact merge, gradient law, shrink time, release, what pruning costs."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, TrainingArguments
 
@@ -151,7 +153,7 @@ def test_widths_that_would_leave_a_trace_are_no_targets() -> None:
 
 
 def test_merged_norms_train_on_from_where_they_are() -> None:
-    """Batches through the merged model have the statistics that its norms expect, as far as channels do not correlate."""
+    """Batches have the statistics that the merged norms expect, as far as channels do not correlate."""
     torch.manual_seed(0)
     images = torch.randn(64, 3, 17, 17)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU(), nn.Conv2d(16, 4, 3))
@@ -229,12 +231,12 @@ def test_a_forgotten_row_shrinks_at_that_rate() -> None:
     compactor.keep[0] = False
     optimizer = torch.optim.SGD([compactor.weight], lr=0.01, momentum=0.99)
     direction = compactor.weight[0].detach().clone()
-    for step in range(1, 400):
+    steps = 0
+    while compactor.weight[0] @ direction > 0:
         compactor.weight.grad = compactor.reset_gradient(torch.ones(2, 2).double())
         optimizer.step()
-        if compactor.weight[0] @ direction <= 0:
-            break
-    assert step == _crossing(1e-2, 0.99)
+        steps += 1
+    assert steps == _crossing(1e-2, 0.99)
 
 
 def _attached(config: ResRepConfig) -> Pruner:
@@ -372,3 +374,84 @@ def test_a_run_in_prune_trainer_resumes_exactly_and_saves(tmp_path: Path) -> Non
     whole.save_model(str(tmp_path / "out"))
     loaded = type(whole.model).from_pretrained(tmp_path / "out")
     assert torch.equal(_answer(loaded, IMAGES), _answer(whole.model.eval(), IMAGES))
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """The 8 x 8 digits of scikit-learn, shuffled, drawn at twice the size."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(images, scale_factor=2)[order], torch.tensor(digits.target)[order]
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: tuple[Tensor, Tensor],
+    before_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[int], None] = lambda step: None,
+    steps: int = 400,
+) -> None:
+    """Cosine from the optimizer's rate to zero, on the first 1,200 rows."""
+    rows, model = torch.Generator().manual_seed(1), model.train()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        batch = torch.randint(0, 1200, (64,), generator=rows)
+        optimizer.zero_grad()
+        model(pixel_values=data[0][batch], labels=data[1][batch]).loss.backward()
+        before_step()
+        optimizer.step()
+        cosine.step()
+        after_step(step)
+
+
+def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Percent of all rows: one of them is 0.06 points."""
+    was_training = model.training
+    hits = _answer(model.eval(), {"pixel_values": data[0]}).argmax(-1) == data[1]
+    model.train(was_training)
+    return 100.0 * hits.float().mean().item()
+
+
+@pytest.mark.filterwarnings("ignore:.*not forgotten yet")
+def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> None:
+    """Half of the multiply-adds of a digits classifier: the same pull at compactors, and at the kernels themselves."""
+    data, lasso, steps = _digits(), 1e-2, 400
+    example = {"pixel_values": data[0][:2]}
+    dense = tiny_image_model(num_channels=1, hidden_sizes=[16, 32], num_labels=10, downsample_in_first_stage=False)
+    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4)
+    _train(dense, sgd(dense.parameters()), data, steps=300)
+    price = trace(dense.eval(), example).price().multiply_adds
+
+    model = copy.deepcopy(dense)
+    config = ResRepConfig(target_flops=0.5, lasso_weight=lasso, mask_interval_steps=5, begin_granularity=1)
+    pruner = Pruner(model, config, example)
+    pruner.attach()
+    before = []
+
+    def move(step: int) -> None:
+        if step == steps:
+            before.append(_accuracy(model, data))
+        pruner.step(step, steps)
+
+    move(0)
+    _train(model, pruner.wrap(sgd(model.parameters())), data, after_step=move)
+    report = pruner.finalize()
+    after = _accuracy(model.eval(), data)
+    assert trace(model, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
+    assert after > 97.0
+    assert abs(after - before[0]) < 0.1
+
+    kernels = copy.deepcopy(dense)
+    targets = [kernels.get_parameter(f"{name}.weight") for name in report.layers]
+
+    def pull() -> None:
+        for weight in targets:
+            weight.grad += lasso * nn.functional.normalize(weight.detach().flatten(1), dim=1).view_as(weight)
+
+    _train(kernels, sgd(kernels.parameters()), data, before_step=pull)
+    unpruned = _accuracy(kernels.eval(), data)
+    by_norm = MagnitudeConfig(target_flops=0.5, score="l2", include=tuple(report.layers))
+    hf_prune.prune(kernels, by_norm, example)
+    assert trace(kernels, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
+    assert _accuracy(kernels, data) < unpruned - 2.0
