@@ -119,6 +119,21 @@ def test_identity_when_new_and_exact_when_merged(name: str, dtype: torch.dtype, 
     }
 
 
+def test_half_precision_models_keep_their_compactors_in_float() -> None:
+    model = _scramble(tiny_image_model()).to(torch.bfloat16)
+    inputs = {"pixel_values": IMAGES["pixel_values"].bfloat16()}
+    plain = _answer(model, inputs)
+    pruner = Pruner(model, SMALL, inputs)
+    pruner.attach()
+    compactor = pruner.recipe.gates[0].compactor
+    assert compactor.weight.dtype == torch.float32 and torch.equal(_answer(model, inputs), plain)
+    model(**inputs).logits.sum().backward()
+    assert compactor.weight.grad.any()
+    pruner.finalize()
+    assert (_answer(model, inputs) - plain).abs().max() < 0.05 * plain.abs().max()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_targets_of_a_resnet_are_the_inner_layers_of_its_blocks() -> None:
     for residual, expected in ((False, 4), (True, 6)):
         pruner = Pruner(tiny_image_model(depths=[2, 2]), ResRepConfig(target_params=0.8, residual=residual), IMAGES)

@@ -32,7 +32,7 @@ PASSING = {
     "slice",
 }
 PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d", "max_pool3d"}
-"""Operations that hand a constant on as long as its dim is whole afterwards: they move, average or pick equal values."""
+"""Operations that hand a constant on as long as its dim stays whole: they move, average or pick equal values."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,13 @@ TINY_MODEL = "image"
 
 @dataclass(frozen=True)
 class ResRepConfig(PruneConfig):
-    """Defaults are those of the authors' ResNet-50 run: 180 epochs of ImageNet, from a trained model."""
+    """Defaults are those of the authors' ResNet-50 run: 180 epochs of ImageNet, from a trained model.
+
+    A row vanishes within `(1 - compactor_momentum) / (compactor_lr * lasso_weight)` steps and comes to rest some
+    `1 / (1 - compactor_momentum)` later: short runs need a stronger pull, quicker choices and less momentum. Train
+    without gradient clipping (`max_grad_norm=0`), as the authors do: the pull is added after it, and a clipped task
+    loses against it.
+    """
 
     method = "resrep"
 
@@ -289,7 +295,7 @@ class Forgetting:
                 f"{len(late)} of the {len(norms)} channels that go are not forgotten yet (largest row norm "
                 f"{late.max():.2g}, merge_threshold {self.config.merge_threshold:g}): cutting them changes the output. "
                 "Train longer, set end below 1 to train on after the cut, or raise lasso_weight, compactor_lr or "
-                "begin_granularity, or lower mask_interval_steps.",
+                "begin_granularity, or lower mask_interval_steps; gradient clipping (max_grad_norm) should be off.",
                 stacklevel=2,
             )
 
