@@ -75,10 +75,8 @@ class ResRepConfig(PruneConfig):
     structure: str = "group"
     begin: float = 5 / 180
     lasso_weight: float = 1e-4  # lambda, the pull at every row of every compactor
-    compactor_lr: float = (
-        1e-2  # at the peak of the schedule; a forgotten row loses about this * lambda / (1 - momentum)
-    )
-    compactor_momentum: float = 0.99  # of the compactors' own SGD, which has no weight decay
+    compactor_lr: float = 1e-2  # of the compactors' own SGD, at the peak of the schedule
+    compactor_momentum: float = 0.99  # of that SGD, which has no weight decay
     mask_interval_steps: int = 200  # optimizer steps between two choices of the rows to forget
     begin_granularity: int = 4  # rows more at each choice while the goal is not reached
     merge_threshold: float = 1e-5  # a row below this norm is zero: cutting it changes nothing
@@ -150,8 +148,8 @@ class Compactor(nn.Module):
 def _compacted(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` with a compactor behind its output. A class, because a wrapper would rename the tensors of the layer."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.shared_compactor[0](kind.forward(self, x), isinstance(self, (nn.Linear, Conv1D)))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.shared_compactor[0](kind.forward(self, *args, **kwargs), isinstance(self, (nn.Linear, Conv1D)))
 
     return type(f"Compacted{kind.__name__}", (kind,), {"forward": forward, "plain": kind})
 
