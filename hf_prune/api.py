@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
+from hf_prune.parts.gates import restored_on_error
 from hf_prune.pruner import Pruner
 from hf_prune.types import PruneError, Report
 
@@ -23,7 +24,8 @@ def prune(
     that prune while they train.
 
     Raises:
-        PruneError: the method needs training and none was given; the model is left as it was.
+        PruneError: the method needs training and none was given, or the goal cannot be reached; the model is left as it
+            was.
     """
     if training:
         from hf_prune.trainer import PruneTrainer
@@ -38,6 +40,7 @@ def prune(
             "args=TrainingArguments(...) and train_dataset=... here."
         )
     pruner = Pruner(model, config, example_inputs)
-    pruner.attach()
-    pruner.step(1, 1)
+    with restored_on_error(model):  # a goal may turn out to be out of reach
+        pruner.attach()
+        pruner.step(1, 1)
     return model, pruner.finalize()

@@ -102,6 +102,19 @@ class PruneOptimizer(torch.optim.Optimizer):
         for optimizer in self._all:
             optimizer.zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """Switch inner optimizers that keep other weights for training than for evaluation (schedule-free ones)."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """The other way round."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self._all:
+            if hasattr(optimizer, mode):
+                getattr(optimizer, mode)()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every inner optimizer. A closure is evaluated once, before the gradients are rewritten."""

@@ -181,6 +181,7 @@ class Pruner:
             return
         if total_steps < 1:
             raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
+        self._fixed = self._fixed and step > self._step  # a run that starts again selects again
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             share = recipe.schedule(self._progress) if recipe.schedule else self._progress

@@ -138,7 +138,7 @@ def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     training = model.training
     logits = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
     model.train(training)
@@ -224,6 +224,18 @@ def check_resume_is_exact(case: Case) -> None:
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def check_baked_copy_leaves_the_run_alone(case: Case) -> None:
+    """A copy baked half-way computes what the masked model does, and the run ends as if none had been taken."""
+    whole, disturbed = Run(case).advance(), Run(case).advance(to=STEPS // 2)
+    copied, _ = disturbed.pruner.baked()
+    batch = disturbed.batches[0]
+    assert (_logits(copied, batch) - _logits(disturbed.model, batch)).abs().max() <= 1e-5
+    assert not any(parametrize.is_parametrized(module) for module in copied.modules())
+    disturbed.advance()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, disturbed.model.state_dict()[name]), name
+
+
 def check_accumulation_changes_nothing(case: Case) -> None:
     """The same batch in one, two or four parts gives the same sparsity and the same plan."""
     runs = [_frozen_statistics(Run(case, accumulation=parts)).advance() for parts in (1, 2, 4)]
@@ -275,6 +287,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     check_finalize_keeps_outputs,
     check_nothing_left_behind,
     check_resume_is_exact,
+    check_baked_copy_leaves_the_run_alone,
     check_accumulation_changes_nothing,
     check_excluded_modules_are_not_masked,
     check_save_and_load,

@@ -84,9 +84,16 @@ class PruneTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, wrapped once."""
         optimizer = super().create_optimizer(model)
-        if not isinstance(optimizer, PruneOptimizer):
-            optimizer = self.optimizer = self.pruner.wrap(optimizer)
-        return optimizer
+        if isinstance(optimizer, PruneOptimizer):
+            return optimizer
+        known = len(optimizer.param_groups)
+        self.optimizer = self.pruner.wrap(optimizer)
+        if self.lr_scheduler is not None and len(self.optimizer.param_groups) != known:
+            raise PruneError(
+                "the learning-rate scheduler was made before the method added parameters of its own to the optimizer; "
+                "pass optimizers=(optimizer, None) and set lr_scheduler_type."
+            )
+        return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any

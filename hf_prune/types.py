@@ -122,7 +122,6 @@ class Phase:
 
     name: str
     trainable: Callable[[str], bool] | None = None
-    gates_active: bool = True
     penalties_active: bool = True
     lr_scale: float = 1.0
 
@@ -154,7 +153,7 @@ class Report:
     layers: dict[str, dict[str, Any]]
     """Weight or group name -> `units`, `kept`, `structure` (and `indices` of kept units where units were removed)."""
     parameters: dict[str, int]
-    """`dense`, `nonzero`, `prunable`, `prunable_nonzero`."""
+    """`dense`: all of the model before; `prunable`: weights that could have gone; `kept`: those that stayed."""
     metrics: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     """Group name -> why it kept its size."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.graph import Graph, mask, shrink, trace
-from hf_prune.graph.trace import Inputs, call, tensors_of
+from hf_prune.graph.trace import Inputs, call, distinct_tensors
 from hf_prune.types import Group, Plan
 
 
@@ -36,7 +36,7 @@ def keep_of(units: int, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    return call(model, tensors_of(model), inputs)
+    return call(model, distinct_tensors(model), inputs)
 
 
 def difference(left: list[Tensor], right: list[Tensor]) -> float:

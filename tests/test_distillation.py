@@ -29,6 +29,14 @@ def test_kl_by_hand() -> None:
     assert float(kl_divergence(student, teacher, 2.0)) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_classes_without_any_probability_add_nothing() -> None:
+    masked = torch.tensor([[0.0, 1.0, -torch.inf]])
+    student = masked.clone().requires_grad_()
+    loss = kl_divergence(student, masked.flip(0), 2.0)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and student.grad.isfinite().all()
+
+
 def test_rows_that_do_not_count_are_left_out() -> None:
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     valid = torch.tensor([[True, True, False], [True, False, False]])

@@ -138,6 +138,32 @@ def test_a_whole_group_keeps_one_unit() -> None:
     assert removed(dead_units(model, trace(model, inputs))) == {"a": list(range(1, 12))}
 
 
+class Overwritten(Perceptron):
+    """The first sample is written later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        hidden[:1] = x.mean()
+        return self.c(torch.sigmoid(self.b(hidden)))
+
+
+class Summed(Perceptron):
+    """The units are also summed without a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.a(x))
+        return self.c(torch.sigmoid(self.b(hidden))) + hidden.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Summed])
+def test_units_with_other_uses_are_not_dead(kind: type[nn.Module]) -> None:
+    model, inputs = prepared(kind(), 3, 5)
+    silence(model.a, 0)
+    graph = trace(model, inputs)
+    assert "a" in graph.groups
+    assert "a" not in dead_units(model, graph)
+
+
 NEURONS = {
     "BertForSequenceClassification": "bert.encoder.layer.0.intermediate.dense",
     "GPT2ForSequenceClassification": "transformer.h.0.mlp.c_fc",

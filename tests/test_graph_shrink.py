@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from exactness import difference, even_plan, outputs
+from exactness import check_exact, difference, even_plan, outputs
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 from zoo import ZOO, build
@@ -82,6 +82,16 @@ def test_unit_indices_of_heads_in_a_fused_dimension() -> None:
     assert unit_indices(keys, 3).tolist() == [[6, 7], [8, 9], [10, 11]]
     width = Member("qkv.weight", 0, outer=3, inner=1, pitch=2)
     assert unit_indices(width, 2).tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_meta_models_shrink_like_real_ones(bert) -> None:
+    model, inputs = bert
+    graph = trace(model, inputs)
+    plan = even_plan(graph.groups.values(), 0.4)
+    meta = copy.deepcopy(model).to("meta")
+    assert shrink(meta, trace(meta, inputs), plan) == shrink(model, graph, plan)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in meta.state_dict().items()} == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,6 +178,37 @@ def test_hooks_and_parametrizations_are_refused(bert) -> None:
     graph = trace(model, inputs)
     parametrized = {name: group for name, group in graph.groups.items() if "pooler" in name}
     shrink(model, graph, even_plan(parametrized.values(), 0.5))
+
+
+class Caching(nn.Module):
+    """Keeps what it made of its weight until it trains again, as fast image models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(8, 3)
+        self.unused = nn.Linear(3, 3)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "doubled" not in self.cache:
+            self.cache["doubled"] = self.a.weight.mT * 2
+        return self.b(torch.tanh(x @ self.cache["doubled"]))
+
+
+def test_what_modules_cache_is_dropped() -> None:
+    model, inputs = Caching(), {"x": torch.randn(2, 5)}
+    model.eval()
+    outputs(model, inputs)
+    cached = model.cache["doubled"]
+    graph = check_exact(model, inputs, 1e-6)
+    assert graph.groups.keys() == {"a"}
+    assert graph.frozen["unused.weight[0]"].frozen == "no operation uses it"
+    assert model.cache["doubled"] is cached
 
 
 class Masked(nn.Module):

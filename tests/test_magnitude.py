@@ -97,6 +97,15 @@ def test_include_and_exclude_choose_groups() -> None:
     assert report.layers and all(name.startswith("resnet.encoder.stages.0.layers") for name in report.layers)
 
 
+def test_an_excluded_layer_keeps_its_columns_too() -> None:
+    model = _resnet()
+    layer = model.resnet.encoder.stages[0].layers[0].layer[1].convolution
+    before = layer.weight.detach().clone()
+    name = "resnet.encoder.stages.0.layers.0.layer.1.convolution"
+    hf_prune.prune(model, MagnitudeConfig(target_flops=0.7, exclude=(name,)), IMAGES)
+    assert torch.equal(layer.weight, before)
+
+
 def test_an_unreachable_goal_leaves_the_model_alone() -> None:
     model = _resnet()
     before = copy.deepcopy(model.state_dict())

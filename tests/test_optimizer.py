@@ -206,6 +206,25 @@ def test_accelerate_wraps_it_and_skips_accumulated_steps() -> None:
     assert len(steps) == 2
 
 
+def test_optimizers_with_modes_are_switched() -> None:
+    """Schedule-free optimizers keep other weights to evaluate than to train; Trainer calls `train` and `eval`."""
+    switched: list[str] = []
+
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None:
+            switched.append("train")
+
+        def eval(self) -> None:
+            switched.append("eval")
+
+    model = nn.Linear(3, 2)
+    inner, extra = ScheduleFree([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1)
+    optimizer = PruneOptimizer(inner, StepRules(), [extra])
+    optimizer.train()
+    optimizer.eval()
+    assert switched == ["train", "eval"]
+
+
 def test_wrapping_twice_is_refused() -> None:
     _, optimizer = _pair()
     with pytest.raises(PruneError, match="already wrapped"):

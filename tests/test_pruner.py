@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hf_prune import DistillConfig, MovementConfig, PruneError, Pruner
+import hf_prune
+from hf_prune import DistillConfig, MagnitudeConfig, MovementConfig, PruneError, Pruner
 from hf_prune.parts.gates import MaskGate
 from hf_prune.testing import tiny_image_model, tiny_text_model
 
@@ -201,6 +202,35 @@ def test_a_teacher_stays_trainable() -> None:
     teacher = tiny_text_model(seed=1)
     Pruner(tiny_text_model(), _config(), teacher=teacher).attach()
     assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_run_that_starts_again_selects_again() -> None:
+    pruner = Pruner(tiny_text_model(), _config(variant="l0"))
+    pruner.attach()
+    pruner.step(10, 10)
+    assert pruner.sparsity > 0.4
+    pruner.step(0, 10)
+    assert pruner.sparsity == 0.0
+
+
+def test_weights_that_the_user_froze_stay_frozen() -> None:
+    model = tiny_text_model()
+    frozen = model.bert.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    pruner = Pruner(model, _config())
+    pruner.attach()
+    _train(pruner, _batch(model))
+    pruner.finalize()
+    after = model.bert.encoder.layer[0].output.dense.weight
+    assert not after.requires_grad and torch.equal(after[after != 0], before[after != 0]) and (after == 0).any()
+
+
+def test_a_goal_out_of_reach_leaves_the_model_as_it_was() -> None:
+    model = tiny_image_model()
+    before = _snapshot(model)
+    with pytest.raises(PruneError, match="cannot be reached"):
+        hf_prune.prune(model, MagnitudeConfig(target_flops=0.001), {"pixel_values": torch.randn(2, 3, 16, 16)})
+    _assert_unchanged(model, before)
 
 
 def test_a_run_of_no_steps_is_refused() -> None:

@@ -207,6 +207,28 @@ def test_data_parallel_in_one_process_is_refused(tmp_path: Path, monkeypatch: py
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
+def test_an_optimizer_of_the_users_own(tmp_path: Path) -> None:
+    model = tiny_text_model()
+    arguments = TrainingArguments(str(tmp_path), max_steps=10, use_cpu=True, report_to="none", disable_tqdm=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = {"model": model, "args": arguments, "train_dataset": _rows(), "pruning": PRUNING}
+    trainer = PruneTrainer(**pruner, optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_scheduler_that_knows_no_score_group_is_refused(tmp_path: Path) -> None:
+    model = tiny_text_model()
+    arguments = TrainingArguments(str(tmp_path), max_steps=10, use_cpu=True, report_to="none", disable_tqdm=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = PruneTrainer(
+        model=model, args=arguments, train_dataset=_rows(), pruning=PRUNING, optimizers=(optimizer, scheduler)
+    )
+    with pytest.raises(PruneError, match=r"optimizers=\(optimizer, None\)"):
+        trainer.train()
+
+
 def test_early_stopping_works(tmp_path: Path) -> None:
     losses = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     trainer = _trainer(

@@ -290,7 +290,12 @@ ZOO: dict[str, Entry] = {
     "LayoutLMForSequenceClassification": text("LayoutLMConfig", TEXT | {"max_2d_position_embeddings": 32}),
     "LiltForSequenceClassification": text("LiltConfig", TEXT | {"hidden_size": 96, "channel_shrink_ratio": 4}),
     "LongformerForSequenceClassification": text("LongformerConfig", TEXT | {"attention_window": [8, 8]}, 16),
-    "MarkupLMForSequenceClassification": text("MarkupLMConfig", TEXT | {"max_depth": 4}),
+    "MarkupLMForSequenceClassification": text(
+        "MarkupLMConfig",
+        TEXT
+        | {"max_depth": 4, "max_xpath_tag_unit_embeddings": 32, "max_xpath_subs_unit_embeddings": 32}
+        | {"tag_pad_id": 30, "subs_pad_id": 30},
+    ),
     "MobileBertForSequenceClassification": text(
         "MobileBertConfig",
         TEXT

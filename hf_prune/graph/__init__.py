@@ -1,4 +1,11 @@
-"""Structural pruning: find what must be cut together, price a plan, shrink a model to it, check the result."""
+"""Structural pruning: find what must be cut together, price a plan, shrink a model to it, check the result.
+
+trace (with provenance, traced_int and attributes): one run of the model as a graph that knows where sizes come from.
+axes, dims: the algebra of dimensions. flow (with rules and equations): the dims of every tensor of the run.
+groups, prices: what can be pruned, and what any plan costs.
+shrink (with kept): the cut. constants, fold, scales: what keeps it exact. verify: what is checked before and after.
+resize, table, sizes: the same shapes again on a freshly built model.
+"""
 
 from hf_prune.graph.example import example_inputs
 from hf_prune.graph.fold import dead_units

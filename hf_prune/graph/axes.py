@@ -108,7 +108,7 @@ def normalise(dim: Iterable[Axis]) -> None:
 
 
 def mark(dim: Iterable[Axis], name: str) -> None:
-    """Note the use that `dim` is put to (see `groups.role`)."""
+    """Note the use that `dim` is put to (see `groups.ROLES`)."""
     for leaf in leaves(dim):
         leaf.marks.add(name)
 

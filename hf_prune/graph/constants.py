@@ -15,24 +15,18 @@ from torch.fx import Node
 
 from hf_prune.graph.axes import Dim, flat, size
 from hf_prune.graph.graph import Graph
-from hf_prune.graph.rules import name_of, rule_for
+from hf_prune.graph.rules import name_of, rule_for, view
 from hf_prune.graph.rules.pointwise import pointwise
-from hf_prune.graph.trace import Operation, tensors_of
+from hf_prune.graph.trace import Operation, Trace, distinct_tensors
 
-PASSING = {
-    "transpose",
-    "permute",
-    "contiguous",
-    "view",
-    "reshape",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "select",
-    "slice",
-}
-PASSING |= {"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d", "max_pool3d"}
+PASSING = (
+    "transpose permute contiguous view reshape flatten squeeze unsqueeze select slice mean adaptive_avg_pool1d "
+    "adaptive_avg_pool2d max_pool1d max_pool2d max_pool3d"
+).split()
 """Operations that hand a constant on as long as its dim stays whole: they move, average or pick equal values."""
+
+VIEWS = {*view.RULES, "slice", "select", "narrow", "getitem", "alias", "detach"}
+"""Operations whose result may share its memory with what it was made from."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +58,13 @@ class Constants:
     @torch.no_grad()
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         self.flow = graph.flow
-        self.tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+        self.tensors = {name: tensor.detach() for name, tensor in distinct_tensors(model).items()}
         self.layers: list[Layer] = []
         self.found: dict[Node, Constant] = {}
+        overwritten = _overwritten(graph.flow.trace)
         for node in graph.flow.trace.graph.nodes:
             constant = self._of(node) if node.op == "call_function" else None
-            if constant is not None and not constant.values.isnan().all():
+            if constant is not None and node not in overwritten and not constant.values.isnan().all():
                 self.found[node] = constant
 
     def read_dim(self, layer: Layer) -> Dim:
@@ -105,7 +100,7 @@ class Constants:
         name, args = name_of(node.target), [*node.args, None, None, None]
         if name == "addmm":
             bias, source, weight, reads = args[0], args[1], args[2], 0
-        elif name == "linear" or name in ("conv1d", "conv2d", "conv3d"):
+        elif name in ("linear", "conv1d", "conv2d", "conv3d"):
             source, weight, bias, reads = args[0], args[1], args[2], 1
         else:
             return None
@@ -217,3 +212,15 @@ def norm_behind(node: Operation) -> Operation | None:
     readers = list(node.users)
     found = len(readers) == 1 and readers[0].op == "call_function" and name_of(readers[0].target) == "batch_norm"
     return readers[0] if found and readers[0].args[0] is node else None
+
+
+def _overwritten(trace: Trace) -> set[Node]:
+    """Nodes that change later through a view, as `x` does by `x[:, 0] = y`; in the trace `x` keeps its name."""
+    changed: set[Node] = set()
+    for node in trace.graph.nodes:
+        if node.op == "call_function" and name_of(node.target).endswith("_"):
+            source = node.args[0]
+            while source.op == "call_function" and name_of(source.target) in VIEWS:
+                source = source.args[0]
+                changed.add(source)
+    return changed

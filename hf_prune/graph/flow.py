@@ -50,7 +50,8 @@ class Flow:
 
     def _visit(self, node: Operation) -> None:
         if node in self.trace.tensors:
-            self.shapes[node] = self.tensors[self.trace.tensors[node]] = _unknown(node, None)
+            shape = _unknown(node, None if node.users else "no operation uses it")
+            self.shapes[node] = self.tensors[self.trace.tensors[node]] = shape
         elif node.op in ("placeholder", "get_attr"):
             self.shapes[node] = _unknown(node, "model input" if node.op == "placeholder" else "constant in code")
         elif node.op == "call_function":

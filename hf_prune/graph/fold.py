@@ -13,7 +13,7 @@ from hf_prune.graph.graph import Graph
 from hf_prune.graph.groups import unit_indices
 from hf_prune.graph.kept import Kept, kept_indices
 from hf_prune.graph.rules.contract import SUMMED
-from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.trace import distinct_tensors
 from hf_prune.types import Group, Plan
 
 
@@ -24,8 +24,10 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
     Without a bias, the mean of a batch norm behind the layer takes it. A constant that cannot be folded, because its
     reader has neither or pads with zeros, is lost with a warning.
     """
-    constants, tensors = Constants(model, graph), tensors_of(model)
-    lost = []
+    tensors = distinct_tensors(model)
+    if any(tensor.is_meta for tensor in tensors.values()):  # sizes only, nothing to move
+        return
+    constants, lost = Constants(model, graph), []
     for layer in constants.layers:
         values = constants.read_by(layer)
         if values is None:
@@ -52,16 +54,15 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
 def dead_units(model: nn.Module, graph: Graph) -> Plan:
     """Units whose removal changes nothing: no weight reads them, or what they emit is constant and can be folded.
 
-    Covers the groups that `shrink` treats exactly. A group whose units are all dead keeps its first one.
+    Covers the groups that `shrink` treats exactly and that only weights sum over. A group whose units are all dead
+    keeps its first one.
     """
-    constants, tensors = Constants(model, graph), tensors_of(model)
+    constants, tensors = Constants(model, graph), distinct_tensors(model)
     plan: Plan = {}
     for name, group in graph.groups.items():
-        if group.normalised:
+        if group.normalised or SUMMED in graph.axes[name].marks:
             continue
-        dead = _constant(group, constants)
-        if SUMMED not in graph.axes[name].marks:
-            dead |= _unread(group, tensors)
+        dead = _constant(group, constants) | _unread(group, tensors)
         if dead.any():
             dead[0] &= not dead.all()
             plan[name] = ~dead

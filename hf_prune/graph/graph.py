@@ -60,7 +60,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Graph:
     inputs = default_inputs(model) if example_inputs is None else example_inputs
     recorded = record(model, inputs)
     flow = Flow(recorded, *find_scales(model, inputs, recorded))
-    for name in flow.tensors.keys() - model.state_dict().keys():
+    for name in sorted(flow.tensors.keys() - model.state_dict().keys()):
         for dim in flow.tensors[name]:
             freeze(dim, f"{name} has it, a buffer that checkpoints do not hold")
     parameters = dict(model.named_parameters())

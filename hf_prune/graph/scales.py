@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from hf_prune.graph.rules import name_of, view
-from hf_prune.graph.trace import Inputs, Operation, Trace, record_on, tensors_of
+from hf_prune.graph.trace import Inputs, Operation, Trace, distinct_tensors, record_on
 from hf_prune.graph.traced_int import Expression
 
 ATTENTION = "scaled_dot_product_attention"
@@ -61,10 +63,10 @@ def constant(node: Operation) -> float:
 def find_scales(model: nn.Module, inputs: Inputs, trace: Trace) -> tuple[list[Scale], set[Expression]]:
     """Scales that weights can take over, and the sizes that are free because all their scales are among these."""
     users = _dependents(model, inputs, trace) if trace.uses.floats else {}
-    implicit = {node for node in trace.graph.nodes if _is_implicit(node)}
-    found = {node: _scale(trace, node) for node in {*implicit, *(node for nodes in users.values() for node in nodes)}}
+    explicit = {node for nodes in users.values() for node in nodes}
     together: dict[tuple[Node, tuple[int, ...]], list[Scale]] = {}
-    for scale in found.values():
+    for node in trace.graph.nodes:
+        scale = _scale(trace, node) if node in explicit or _is_implicit(node) else None
         if scale is not None:
             together.setdefault((scale.weight, scale.rows), []).append(scale)
     good = [scale for scales in together.values() if _is_undone(trace, scales) for scale in scales]
@@ -84,13 +86,13 @@ def _dependents(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[Expressi
     in a way that no single size explains, all sets are empty.
     """
     random = Random(0)
-    logs = {source: random.uniform(1e-3, 2e-3) for source in sorted(trace.uses.floats, key=repr)}
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    logs = {source: random.uniform(1e-3, 2e-3) for source in trace.uses.floats}
+    tensors = {name: tensor.detach() for name, tensor in distinct_tensors(model).items()}
     factors = {source: math.exp(log) for source, log in logs.items()}
     probe = record_on(model, tensors, inputs, trace.real, factors)
     found: dict[Expression, set[Node]] = {source: set() for source in logs}
     for old, new in zip(trace.graph.nodes, probe.graph.nodes, strict=False):
-        changed = [(a, b) for a, b in zip(_floats(old), _floats(new), strict=False) if a != b]
+        changed = [(a, b) for a, b in zip(floats(old), floats(new), strict=False) if a != b]
         source = _explanation(changed, logs)
         if old.target != new.target or (changed and source is None) or _held(old) != _held(new):
             return {source: set() for source in logs}
@@ -100,15 +102,16 @@ def _dependents(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[Expressi
 
 
 def _held(node: Operation) -> list[float] | None:
-    """Values of a tensor that code made from numbers."""
+    """Values of a tensor that code made from numbers, where it has values."""
     if node.op != "get_attr":
         return None
     held: Tensor = getattr(node.graph.owning_module, node.target)
-    return held.flatten().tolist()
+    return None if held.is_meta or is_fake(held) else held.flatten().tolist()
 
 
-def _floats(node: Operation) -> list[float]:
-    return [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+def floats(node: Operation) -> list[float]:
+    """Float constants among the arguments of `node`."""
+    return [value for value in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(value, float)]
 
 
 def _explanation(changed: list[tuple[float, float]], logs: dict[Expression, float]) -> Expression | None:
@@ -193,6 +196,7 @@ def _degree(node: Operation, degrees: Mapping[Node, int], scaled: bool) -> int |
     return None
 
 
+@torch.no_grad()
 def rescale(tensors: Mapping[str, Tensor], trace: Trace, ratios: Mapping[Scale, float]) -> None:
     """Multiply the rows of every scale by its ratio, old factor over new; each weight once."""
     once = {(scale.weight, scale.rows): (scale, ratio) for scale, ratio in ratios.items()}

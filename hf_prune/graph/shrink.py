@@ -11,7 +11,7 @@ from hf_prune.graph.resize import rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
-from hf_prune.graph.trace import tensors_of
+from hf_prune.graph.trace import distinct_tensors
 from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
 from hf_prune.types import Plan, ShapeTable
 
@@ -33,19 +33,27 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     }
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
-    check_table(model, table)
+    check_table(table)
     ratios = dry_run(model, graph, table)
     fold_constants(model, graph, kept)
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    tensors = distinct_tensors(model)
     rescale(tensors, graph.flow.trace, ratios)
-    tensors = tensors_of(model)
     for name, each in indices.items():
         tensors[name].data = select(tensors[name].data, each)
         tensors[name].grad = None
     rewrite(model, table.attributes)
     for name in {name.rpartition(".")[0] for name in indices}:
         sync_attributes(model.get_submodule(name))
+    _drop_caches(model)
     return table
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Begin to train, as a moment when modules drop what they made of their old weights; modes come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
 
 
 def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ class Trace:
 
 def record(model: nn.Module, inputs: Inputs) -> Trace:
     """Trace `model` in evaluation mode; leaves its mode, attributes and tensors as they were."""
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    tensors = {name: tensor.detach() for name, tensor in distinct_tensors(model).items()}
     try:
         with _quiet():
             return record_on(model, tensors, inputs, real=False)
@@ -72,7 +72,7 @@ def _failure(model: nn.Module, error: Exception, where: str) -> PruneError:
     )
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -126,6 +126,7 @@ def record_on(
         run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
     )
     with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
+        model.train()  # modules that cache what they made of their weights drop it when training begins
         model.eval()
         tag(model)
         graph = tracer(*example).graph

@@ -51,8 +51,9 @@ class Uses:
     `factors` makes a size pose as another one where it is used as a float, to see which constants depend on it.
     """
 
-    floats: set[Expression] = field(default_factory=set)
-    equal: set[tuple[Expression, Expression]] = field(default_factory=set)
+    floats: dict[Expression, None] = field(default_factory=dict)
+    """In the order of their first use, as a set would be in another one in every process; so is `equal`."""
+    equal: dict[tuple[Expression, Expression], None] = field(default_factory=dict)
     factors: Mapping[Expression, float] = field(default_factory=dict)
 
 
@@ -94,7 +95,7 @@ class TracedInt(int):
         result = int.__eq__(self, other)
         uses = _uses.get()
         if result is True and uses is not None and isinstance(other, int):
-            uses.equal.add((self.source, expression(other)))
+            uses.equal[self.source, expression(other)] = None
         return result
 
     def __ne__(self, other: object) -> bool:
@@ -106,7 +107,7 @@ class TracedInt(int):
         value, uses = int.__float__(self), _uses.get()
         if uses is None:
             return value
-        uses.floats.add(self.source)
+        uses.floats[self.source] = None
         return value * uses.factors.get(self.source, 1.0)
 
     def __float__(self) -> float:

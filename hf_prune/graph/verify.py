@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import zip_longest
+from math import isclose
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
-from torch.utils import _pytree as pytree
 
 from hf_prune.graph.attributes import preserved
 from hf_prune.graph.flow import FOLLOWED
@@ -18,11 +17,12 @@ from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
 from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
-from hf_prune.graph.scales import Scale, constant
-from hf_prune.graph.trace import Inputs, Operation, Trace, call, record_on, tensors_of
+from hf_prune.graph.scales import Scale, constant, floats
+from hf_prune.graph.trace import Inputs, Operation, Trace, call, distinct_tensors, record_on
 from hf_prune.types import Plan, PruneError, ShapeTable
 
 LAYOUT = {*view.RULES, *FOLLOWED, "slice", "select", "getitem"}
+"""Operations that only arrange values: whether they are needed may depend on sizes (a repetition by 1 is none)."""
 
 
 def check_plan(graph: Graph, plan: Plan) -> None:
@@ -47,29 +47,30 @@ def check_plan(graph: Graph, plan: Plan) -> None:
 
 def check_model(model: nn.Module, graph: Graph) -> None:
     """Raise unless `model` still has the tensors that `graph` was traced with and no hooks hang on its modules."""
-    tensors = tensors_of(model)
+    tensors = distinct_tensors(model)
     for name, shape in graph.flow.tensors.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape.sizes:
             raise PruneError(
-                f"tensor {name!r} had shape {shape.sizes} when the graph was traced, now it has "
+                f"tensor {name!r} had shape {shape.sizes} when the graph was traced, now it is "
                 f"{found or 'gone'}. Trace the model again and make the plan from the new graph."
             )
     for path, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not hook.__module__.startswith("transformers.") for hook in hooks):
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             raise PruneError(
                 f"module {path!r} has forward hooks, which may rely on the old sizes. Remove them before shrinking and "
                 "register them again afterwards."
             )
 
 
-def check_table(model: nn.Module, table: ShapeTable) -> None:
-    """Raise where a tensor that is to be cut is computed by a parametrization."""
-    for path in dict.fromkeys(name.partition(".parametrizations.")[0] for name in table.shapes):
-        if is_parametrized(model.get_submodule(path.rpartition(".")[0])) or path not in table.shapes:
+def check_table(table: ShapeTable) -> None:
+    """Raise where a tensor that is to be cut belongs to a parametrization."""
+    for name in table.shapes:
+        path, found, rest = name.partition(".parametrizations.")
+        if found:
             raise PruneError(
-                f"{path!r} has a parametrization, which would keep its old size. Fold it first "
+                f"{path}.{rest.partition('.')[0]} has a parametrization, which would keep its old size. Fold it first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
@@ -84,7 +85,7 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, fl
     device = "cpu" if before.real else "meta"
     tensors = {
         name: make(table.shapes.get(name, tensor.shape), dtype=tensor.dtype, device=device)
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in distinct_tensors(model).items()
     }
     try:
         with preserved(model):
@@ -99,15 +100,16 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, fl
     ratios: dict[Scale, float] = {}
     for old, new in zip_longest(_operations(before), _operations(after)):
         scale = graph.flow.scales.get(old)
-        if old is None or new is None or old.target != new.target or not (scale or _floats(old) == _floats(new)):
+        if old is None or new is None or old.target != new.target or not (scale or floats(old) == floats(new)):
             raise PruneError(
                 f"{type(model).__name__} would compute something else at the sizes of this plan: "
                 f"{old and old.format_node()} becomes {new and new.format_node()}. The model is unchanged. Leave out "
                 "the groups of the module that does it."
             )
-        if scale and (ratio := constant(old) / constant(new)) != 1.0:
-            ratios[scale] = ratio
-    return ratios
+        if scale:
+            ratios[scale] = constant(old) / constant(new)
+    _check_shared(ratios, model)
+    return {scale: ratio for scale, ratio in ratios.items() if ratio != 1.0}
 
 
 def _operations(trace: Trace) -> Iterator[Operation]:
@@ -115,9 +117,15 @@ def _operations(trace: Trace) -> Iterator[Operation]:
     return (node for node in trace.graph.nodes if node.op == "call_function" and name_of(node.target) not in LAYOUT)
 
 
-def _floats(node: Operation) -> list[float]:
-    """Float constants among the arguments of `node`."""
-    return [value for value in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(value, float)]
+def _check_shared(ratios: Mapping[Scale, float], model: nn.Module) -> None:
+    """Raise where two scales would have one weight take over different ratios."""
+    shared: dict[tuple[Operation, tuple[int, ...]], float] = {}
+    for scale, ratio in ratios.items():
+        if not isclose(shared.setdefault((scale.weight, scale.rows), ratio), ratio):
+            raise PruneError(
+                f"{type(model).__name__} uses one query weight at two attention scales, which this plan changes "
+                "differently. The model is unchanged. Keep equal counts in the head_width groups of these layers."
+            )
 
 
 @torch.no_grad()
@@ -132,14 +140,14 @@ def check_exactness(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
     graph = trace(shrunk, inputs)
     mask(masked, graph, plan)
     shrink(shrunk, graph, plan)
-    pairs = zip(call(masked, tensors_of(masked), inputs), call(shrunk, tensors_of(shrunk), inputs), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    wanted, found = (call(each, distinct_tensors(each), inputs) for each in (masked, shrunk))
+    return max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
 
 
 @torch.no_grad()
 def mask(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Set every entry of a dropped unit to zero, where it is written and where it is read."""
-    tensors = tensors_of(model)
+    tensors = distinct_tensors(model)
     for name, keep in plan.items():
         for member in graph.groups[name].members:
             dropped = unit_indices(member, len(keep))[~keep.cpu()].flatten()

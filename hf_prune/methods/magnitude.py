@@ -29,7 +29,7 @@ from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import top_k
-from hf_prune.types import Group, Paper, PruneError, Structure
+from hf_prune.types import Group, Member, Paper, PruneError, Structure
 
 PAPER = Paper(
     title="Pruning Filters for Efficient ConvNets",
@@ -116,10 +116,18 @@ def _groups(model: nn.Module, groups: Mapping[str, Group], config: MagnitudeConf
 
 
 def _named(group: Group, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
-    """Whether the modules that produce the group match `include` (all do where it is empty) and none `exclude`."""
-    modules = {member.tensor.rpartition(".")[0] for member in group.members if not member.reads}
-    matches = [any(fnmatch.fnmatchcase(m, p) for m in modules for p in patterns) for patterns in (include, exclude)]
-    return (matches[0] or not include) and not matches[1]
+    """Whether a module that produces the group matches `include` (or it is empty), and no member at all `exclude`."""
+    producers = {_module(member) for member in group.members if not member.reads}
+    everyone = {_module(member) for member in group.members}
+    return (not include or _matches(producers, include)) and not _matches(everyone, exclude)
+
+
+def _module(member: Member) -> str:
+    return member.tensor.rpartition(".")[0]
+
+
+def _matches(modules: set[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for module in modules for pattern in patterns)
 
 
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:

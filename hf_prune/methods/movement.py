@@ -32,7 +32,7 @@ from hf_prune.parts.gates import MaskGate, ScoreGate, ScoreMask
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
-from hf_prune.parts.selection import keep_highest, top_k
+from hf_prune.parts.selection import floor_count, keep_floors, top_k
 from hf_prune.types import Paper, Plan, Schedule, Structure
 
 PAPER = Paper(
@@ -229,9 +229,9 @@ def _soft(
     gates = [ScoreGate(each, device, init=config.first_score) for each in units]
 
     def above_threshold(scores: Mapping[str, Tensor], share: float) -> Plan:
-        floor = {n: keep_highest([s], max(1, int(config.min_keep * len(s))))[0] for n, s in scores.items()}
         # v_t = v_final * share; at v = 0 every unit stays, sigmoid(S) being positive.
-        return {n: (s.sigmoid() > config.threshold * share) | floor[n] for n, s in scores.items()}
+        plan = {n: s.sigmoid() > config.threshold * share for n, s in scores.items()}
+        return keep_floors(plan, scores, {n: floor_count(config.min_keep, len(s)) for n, s in scores.items()})
 
     def penalty() -> Tensor:
         return torch.stack([gate.owner.scores.sigmoid().mean() for gate in gates]).mean()

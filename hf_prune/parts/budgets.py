@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_prune.config import Goal
 from hf_prune.graph import Graph
-from hf_prune.parts.selection import Selection, keep_highest
+from hf_prune.parts.selection import Selection, floor_count, keep_floors, keep_highest
 from hf_prune.types import Plan, PruneError, Structure
 
 PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
@@ -26,7 +26,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group
     keeps its floor, so a goal below the price of all floors raises.
     """
-    price, floors = PRICES[goal.name], {s.name: max(1, int(min_keep * s.units)) for s in structures}
+    price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
     dense = price(graph, None)
     ranked = _keep_evenly if scope == "per_group" else _keep_globally
 
@@ -52,7 +52,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
 
 def _keep_globally(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
     plan = dict(zip(scores, keep_highest(list(scores.values()), count), strict=True))
-    return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
+    return keep_floors(plan, scores, floors)
 
 
 def _keep_evenly(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:

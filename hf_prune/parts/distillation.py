@@ -20,6 +20,7 @@ from hf_prune.config import require_range
 from hf_prune.types import PruneError
 
 LOGITS = ("logits", "start_logits", "end_logits")
+_LEAST = torch.finfo(torch.float32).min / 2  # the difference of two is finite
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: T
 
     student, teacher: (..., classes) logits.  valid: bool of the leading shape, rows that count.
     """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    # Finite where a class is masked with -inf: 0 * log 0 counts 0.
+    log_student, log_teacher = (
+        F.log_softmax(logits.float() / temperature, dim=-1).clamp(min=_LEAST) for logits in (student, teacher)
+    )
     return temperature**2 * _mean((log_teacher.exp() * (log_teacher - log_student)).sum(-1), valid)
 
 

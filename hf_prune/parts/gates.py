@@ -175,9 +175,13 @@ def copy_with_gates(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the modules, parameters, buffers and hooks of `model` back where they were if the block raises."""
-    # Parametrizing swaps a module's class and moves its parameters; both are undone, values were not touched.
+    """Put the modules, parameters, buffers and hooks of `model` back where they were if the block raises.
+
+    Values are not put back: inserting gates does not touch them.
+    """
+    # Parametrizing swaps a module's class and moves its parameters.
     before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
@@ -185,6 +189,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
         raise
 
 

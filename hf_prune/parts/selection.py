@@ -22,6 +22,16 @@ def count_kept(kept: float, units: int) -> int:
     return int(kept * units + _ROUNDING)
 
 
+def floor_count(min_keep: float, units: int) -> int:
+    """How many of `units` stay whatever the goal: the fraction `min_keep` of them, and one at least."""
+    return max(1, int(min_keep * units))
+
+
+def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> Plan:
+    """`plan`, where the best units of each structure stay up to its floor."""
+    return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
+
+
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Keep masks with exactly `count` True over all (1-D) tensors together; of equal scores the first stay."""
     total = sum(s.numel() for s in scores)
@@ -82,7 +92,7 @@ def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: 
     the ranking is walked from the top until the budget is spent.
     """
     sizes = {s.name: s.unit_size for s in structures}
-    floors = {s.name: max(1, int(min_keep * s.units)) for s in structures}
+    floors = {s.name: floor_count(min_keep, s.units) for s in structures}
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         kept = goal.kept(share)
@@ -106,7 +116,7 @@ def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int],
             raised[name] = scores[name].masked_fill(keep_highest([scores[name]], floors[name])[0], float("inf"))
     else:
         # The floors alone cost more than the goal leaves: they win.
-        return {n: plan[n] | keep_highest([s], floors[n])[0] for n, s in scores.items()}
+        return keep_floors(plan, scores, floors)
     return plan
 
 

@@ -14,8 +14,8 @@ Rule = Callable[..., Any]
 
 POINTWISE = (
     "__and__ __or__ __xor__ _to_copy absolute alias alpha_dropout clip clone contiguous copy detach divide dropout "
-    "feature_dropout hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real relu6 "
-    "rrelu selu square subtract to true_divide"
+    "feature_dropout fill hardsigmoid hardswish lift_fresh lift_fresh_copy masked_fill mish multiply negative real "
+    "relu6 rrelu selu square subtract to true_divide"
 ).split()
 """Pointwise operations that torch does not tag as such."""
 
