@@ -24,23 +24,18 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     """The most units, highest scores first, whose price is at most the goal's share of the dense price.
 
     Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group
-    keeps its floor, so a goal below the price of all floors raises.
+    keeps its floor; a goal below the price of all floors raises at once.
     """
     price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
     dense = price(graph, None)
     ranked = _keep_evenly if scope == "per_group" else _keep_globally
 
+    _require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
+
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
-        allowed, total = goal.kept(share) * dense, sum(len(s) for s in scores.values())
-        if price(graph, ranked(scores, total, floors)) <= allowed:
-            return ranked(scores, total, floors)
-        cheap, dear = 0, total
-        if price(graph, ranked(scores, cheap, floors)) > allowed:
-            least = price(graph, ranked(scores, cheap, floors)) / dense
-            raise PruneError(
-                f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "
-                f"{least:.3f} of the dense one. Raise the goal, lower min_keep, or prune more layers."
-            )
+        allowed, cheap, dear = goal.kept(share) * dense, 0, sum(len(s) for s in scores.values())
+        if price(graph, ranked(scores, dear, floors)) <= allowed:
+            return ranked(scores, dear, floors)
         while dear - cheap > 1:
             middle = (cheap + dear) // 2
             affordable = price(graph, ranked(scores, middle, floors)) <= allowed
@@ -48,6 +43,18 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
         return ranked(scores, cheap, floors)
 
     return select
+
+
+def _floors_alone(structures: Sequence[Structure], floors: Mapping[str, int]) -> Plan:
+    return {s.name: torch.arange(s.units) < floors[s.name] for s in structures}
+
+
+def _require_reachable(goal: Goal, least: float) -> None:
+    if least > goal.kept(1.0):
+        raise PruneError(
+            f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "
+            f"{least:.3f} of the dense one. Raise the goal, lower min_keep, or prune more layers."
+        )
 
 
 def _keep_globally(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
