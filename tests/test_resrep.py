@@ -98,7 +98,7 @@ def test_identity_when_new_and_exact_when_merged(name: str, dtype: torch.dtype, 
 
     generator = torch.Generator().manual_seed(3)
     for gate in pruner.recipe.gates:
-        keep = torch.rand(len(gate.keep()), generator=generator) > 0.4
+        keep = torch.rand(len(gate.compactor.keep), generator=generator) > 0.4
         keep[0] = True
         gate.set_keep(keep)
         gate.compactor.closed.fill_(True)
@@ -177,6 +177,7 @@ def test_merged_norms_train_on_from_where_they_are() -> None:
     pruner = Pruner(model, ResRepConfig(target_params=0.5, include=("0",)), (images[:2],))
     pruner.attach()
     pruner.recipe.gates[0].set_keep(torch.arange(16) % 2 == 0)
+    pruner.recipe.gates[0].compactor.closed.fill_(True)
     pruner.finalize()
     with torch.no_grad():
         evaluated, trained = model.eval()(images), model.train()(images)
@@ -268,6 +269,10 @@ def _move(pruner: Pruner, first: int, last: int, total: int) -> None:
         pruner.step(step, total)
 
 
+def _forgotten(pruner: Pruner) -> int:
+    return sum(int((~gate.compactor.keep).sum()) for gate in pruner.recipe.gates)
+
+
 def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
     config = ResRepConfig(target_params=0.6, begin=0.1, mask_interval_steps=5, begin_granularity=2)
     pruner = _attached(config)
@@ -275,30 +280,30 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
     dropped = []
     for start in range(1, 66, 5):
         _move(pruner, start, start + 4, 100)
-        dropped.append(sum(int((~keep).sum()) for keep in pruner.plan.values()))
+        dropped.append(_forgotten(pruner))
     assert dropped[:5] == [0, 0, 2, 4, 6], "none up to begin, then two more at each refresh"
     assert dropped[-2] == dropped[-1], "no more once the goal is met"
-    gate = next(gate for gate in pruner.recipe.gates if not gate.keep().all())
-    row = int((~gate.keep()).nonzero()[0])
+    compactor = next(gate.compactor for gate in pruner.recipe.gates if not gate.compactor.keep.all())
+    row = int((~compactor.keep).nonzero()[0])
     with torch.no_grad():
-        gate.compactor.weight[row] *= 100
+        compactor.weight[row] *= 100
     _move(pruner, 66, 69, 100)
-    assert not gate.keep()[row], "nothing moves between refreshes"
+    assert not compactor.keep[row], "nothing moves between refreshes"
     _move(pruner, 70, 70, 100)
-    assert gate.keep()[row]
-    assert sum(int((~keep).sum()) for keep in pruner.plan.values()) >= dropped[-1]
+    assert compactor.keep[row]
+    assert _forgotten(pruner) >= dropped[-1]
 
 
 def test_channels_at_their_floor_take_nothing_from_the_quota() -> None:
     config = ResRepConfig(target_params=0.7, begin=0.0, mask_interval_steps=1, begin_granularity=3, min_keep=0.5)
     pruner = _attached(config)
-    first, second = pruner.recipe.gates
+    first, second = (gate.compactor for gate in pruner.recipe.gates)
     with torch.no_grad():
-        first.compactor.weight *= 0.01  # all of its rows rank below all of the other's
+        first.weight *= 0.01  # all of its rows rank below all of the other's
     for step in (1, 2, 3):
         _move(pruner, step, step, 100)
-    assert int((~first.keep()).sum()) == 4
-    assert int((~second.keep()).sum()) == 5
+    assert int((~first.keep).sum()) == 4
+    assert int((~second.keep).sum()) == 5
 
 
 def test_the_cut_reaches_the_goal_exactly_and_says_what_is_lost() -> None:
@@ -327,15 +332,27 @@ def test_forgotten_rows_are_cut_without_a_warning() -> None:
         pruner.step(10, 10)
 
 
-def test_a_copy_can_be_finished_while_the_run_goes_on() -> None:
+def test_a_copy_taken_before_the_cut_has_all_channels_and_no_compactor() -> None:
     pruner = _attached(ResRepConfig(target_params=0.8))
-    model = pruner.model.eval()
-    pruner.recipe.gates[0].compactor.keep[:3] = False
+    compactor, model = pruner.recipe.gates[0].compactor, _scramble(pruner.model)
+    with torch.no_grad():
+        compactor.weight += 0.1 * torch.randn(8, 8)
+    compactor.keep[:3] = False
     before = _answer(model, IMAGES)
-    narrow, report = pruner.baked()
+    copied, report = pruner.baked()
     assert torch.equal(_answer(model, IMAGES), before)
-    assert not any("compactor" in name for name in narrow.state_dict())
-    assert report.layers[pruner.recipe.gates[0].name]["kept"] == 5
+    assert (_answer(copied, IMAGES) - before).abs().max() < 1e-5
+    assert copied.state_dict().keys() == tiny_image_model().state_dict().keys()
+    assert report.layers[pruner.recipe.gates[0].name]["kept"] == 8 and pruner.sparsity == 0.0
+
+
+def test_a_layer_in_exclude_keeps_what_it_writes_and_what_it_reads() -> None:
+    last = "resnet.encoder.stages.1.layers.0.layer.1.convolution"
+    config = ResRepConfig(target_params=0.95, residual=True, exclude=(last,))
+    pruner = Pruner(tiny_image_model(), config, IMAGES)
+    pruner.attach()
+    names = [gate.name for gate in pruner.recipe.gates]
+    assert names == ["resnet.stream", "resnet.encoder.stages.0.layers.0.layer.0.convolution"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from hf_prune.graph.writers import Silence, Writer, writers
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.budgets import PRICES, fit_price
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.selection import Selection, keep_highest
+from hf_prune.parts.selection import Selection, floor_count, keep_highest
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.types import Paper, Phase, Plan, PruneError
 
@@ -179,12 +179,12 @@ class CompactorGate:
         self.compactor.keep.copy_(keep)
 
     def keep(self) -> Tensor:
-        """The rows that are not being forgotten."""
-        return self.compactor.keep
+        """All rows until the cut, though some are being forgotten, then those that are left."""
+        return self.compactor.keep | ~self.compactor.closed
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:
-        """Multiply Q, its forgotten rows zero, into the layers of `model` and give their modules their classes back."""
+        """Multiply Q into the layers of `model` and give their modules their classes back."""
         for writer in self.writers:
             host: Any = model.get_submodule(writer.host)
             if not hasattr(host, "shared_compactor"):
@@ -193,7 +193,7 @@ class CompactorGate:
             host.__class__ = host.plain
             del host.shared_compactor
             host._modules.pop("compactor", None)
-            _absorb(model, writer, _exact(torch.where(compactor.keep[:, None], compactor.weight, 0.0)))
+            _absorb(model, writer, _exact(compactor.matrix()))
 
 
 def _absorb(model: nn.Module, writer: Writer, Q: Tensor) -> None:
@@ -236,8 +236,7 @@ class Forgetting:
         """cheapest: the highest scores that fit the goal.  within_goal: whether a plan costs no more than the goal."""
         self.gates, self.cheapest, self.within_goal, self.config = gates, cheapest, within_goal, config
         self.steps = 0
-        units = {gate.name: len(gate.keep()) for gate in gates}
-        self.floors = {name: max(1, int(config.min_keep * count)) for name, count in units.items()}
+        self.floors = {gate.name: floor_count(config.min_keep, len(gate.keep())) for gate in gates}
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
@@ -250,11 +249,16 @@ class Forgetting:
             return self.cheapest(scores, 1.0)
         if share > 0.0 and self.steps % self.config.mask_interval_steps == 0:
             return self._refreshed(scores)
-        return {gate.name: gate.keep() for gate in self.gates}
+        return self.plan
+
+    @property
+    def plan(self) -> Plan:
+        """Which rows remember now."""
+        return {gate.name: gate.compactor.keep for gate in self.gates}
 
     def _refreshed(self, scores: Mapping[str, Tensor]) -> Plan:
         """As many of the lowest rows as the goal needs, but few more than now while the goal is not reached."""
-        now, wanted = {gate.name: gate.keep() for gate in self.gates}, self.cheapest(scores, 1.0)
+        now, wanted = self.plan, self.cheapest(scores, 1.0)
         quota = _dropped(now) + self.config.begin_granularity
         if self.within_goal(now) or _dropped(wanted) <= quota:
             return wanted
@@ -275,10 +279,15 @@ class Forgetting:
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """At `end`, after the last choice of rows, cut them."""
-        if metrics.get("progress", 0.0) >= self.config.end and not self.closed:
+        if "progress" not in metrics:
+            return
+        if metrics["progress"] == 0.0:  # also of a run that starts again
+            self.steps = 0
+        ended = metrics["progress"] >= self.config.end
+        if ended and not self.closed:
             self._warn_of_loss()
-            for gate in self.gates:
-                gate.compactor.closed.fill_(True)
+        for gate in self.gates:
+            gate.compactor.closed.fill_(ended)
 
     @property
     def closed(self) -> bool:
@@ -286,7 +295,7 @@ class Forgetting:
         return bool(self.gates[0].compactor.closed)
 
     def _warn_of_loss(self) -> None:
-        norms = torch.cat([gate.compactor.norms()[~gate.keep()].cpu() for gate in self.gates])
+        norms = torch.cat([gate.compactor.norms()[~gate.compactor.keep].cpu() for gate in self.gates])
         late = norms[norms > self.config.merge_threshold]
         if len(late):
             warnings.warn(
@@ -313,13 +322,14 @@ def _dropped(plan: Plan) -> int:
 def _targets(model: nn.Module, graph: Any, config: ResRepConfig) -> list[tuple[GroupUnits, tuple[Writer, ...]]]:
     """Groups that dense layers alone write, chosen by these layers' names, with the layers."""
     weights = structures.prunable_weights(model, config.include, config.exclude)
-    excluded = structures.prunable_weights(model, config.exclude, ()) if config.exclude else {}
+    excluded = structures.prunable_weights(model, config.exclude, ()).keys() if config.exclude else set()
     silence, found = Silence(model, graph.traced), []
     for name, group in graph.groups.items():
         layers = () if group.normalised else writers(model, graph.traced, group)
-        names = {f"{writer.layer}.weight" for writer in layers}
-        chosen = names & weights.keys() and not names & excluded.keys() and (len(layers) == 1 or config.residual)
-        if chosen and group.size > 1 and silence.leaves_no_trace(name, layers):
+        named = any(f"{writer.layer}.weight" in weights for writer in layers)
+        barred = any(member.tensor in excluded for member in group.members)
+        few = len(layers) == 1 or config.residual
+        if named and few and not barred and group.size > 1 and silence.leaves_no_trace(name, layers):
             found.append((structures.group_structure(group, model), layers))
     if not found:
         raise PruneError(
@@ -343,7 +353,6 @@ def build(model: nn.Module, graph: Any, config: ResRepConfig) -> Recipe:
     allowed = goal.value * price(traced, None)
     cheapest = fit_price(traced, [units for units, _ in targets], goal, scope=config.scope, min_keep=config.min_keep)
     forgetting = Forgetting(gates, cheapest, lambda plan: price(traced, plan) <= allowed, config)
-    cheapest(forgetting.scores(), 1.0)  # raises where no plan reaches the goal
     return Recipe(
         structures=[units for units, _ in targets],
         scores=forgetting.scores,
