@@ -31,6 +31,22 @@ class Convolutions(nn.Module):
         return self.c(torch.sigmoid(self.b(F.relu(self.n(self.a(x))))).mean((2, 3)))
 
 
+class Normed(nn.Module):
+    """A norm takes what its bias-free layer cannot. On the way, constants pass a max pool and join a larger dim."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.b = nn.Linear(8 * 9, 6, bias=False) if flat else nn.Conv2d(8, 6, 1, bias=False)
+        self.m, self.c = nn.BatchNorm1d(6) if flat else nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.sigmoid(self.n(self.a(x))), 2, padding=1)[..., :3, :3]
+        x = F.relu(self.m(self.b(x.flatten(1) if self.flat else x)))
+        return self.c(x if self.flat else x.mean((2, 3)))
+
+
 class Joined(nn.Module):
     """Constants side by side in one tensor, read by one layer."""
 
@@ -77,6 +93,17 @@ def test_convolutions_and_norms() -> None:
     graph, before = trace(model, inputs), outputs(model, inputs)
     plan = dead_units(model, graph)
     assert removed(plan) == {"a": [1, 2], "b": [0]}
+    shrink(model, graph, plan)
+    assert difference(before, outputs(model, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_norm_behind_the_reader_takes_constants(flat: bool) -> None:
+    model, inputs = prepared(Normed(flat), 2, 3, 8, 8)
+    silence(model.a, 1, 2)
+    graph, before = trace(model, inputs), outputs(model, inputs)
+    plan = dead_units(model, graph)
+    assert removed(plan) == {"a": [1, 2]}
     shrink(model, graph, plan)
     assert difference(before, outputs(model, inputs)) < 1e-12
 

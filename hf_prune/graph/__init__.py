@@ -4,6 +4,7 @@ trace (with provenance, traced_int and attributes): one run of the model as a gr
 axes, dims: the algebra of dimensions. flow (with rules and equations): the dims of every tensor of the run.
 groups, prices: what can be pruned, and what any plan costs.
 shrink (with kept): the cut. constants, fold, scales: what keeps it exact. verify: what is checked before and after.
+writers: which layers a group comes from, and whether it can be silenced at them.
 resize, table, sizes: the same shapes again on a freshly built model.
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from hf_prune.graph.axes import Dim, flat
+from hf_prune.graph.axes import Dim, flat, size
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for, view
 from hf_prune.graph.rules.pointwise import pointwise
@@ -21,9 +21,9 @@ from hf_prune.graph.trace import Operation, Trace, distinct_tensors
 
 PASSING = (
     "transpose permute contiguous view reshape flatten squeeze unsqueeze select slice mean adaptive_avg_pool1d "
-    "adaptive_avg_pool2d"
+    "adaptive_avg_pool2d max_pool1d max_pool2d max_pool3d"
 ).split()
-"""Operations that hand a constant on as long as its dim is whole afterwards: they move or average equal values."""
+"""Operations that hand a constant on as long as its dim stays whole: they move, average or pick equal values."""
 
 VIEWS = {*view.RULES, "slice", "select", "narrow", "getitem", "alias", "detach"}
 """Operations whose result may share its memory with what it was made from."""
@@ -40,6 +40,8 @@ class Layer:
     """Dimension of the weight that reads the input; the other one of the first two writes the output."""
     padded: bool
     grouped: bool
+    mean: str | None = None
+    """Running mean of the batch norm that alone reads the output, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class Constants:
         padding = args[4] if convolution and len(node.args) > 4 else 0
         padded = any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid")
         grouped = convolution and len(node.args) > 6 and node.args[6] != 1
-        return Layer(source, names[weight], names.get(bias), reads, padded, grouped)
+        return Layer(source, names[weight], names.get(bias), reads, padded, grouped, self._mean_behind(node))
+
+    def _mean_behind(self, node: Operation) -> str | None:
+        norm = norm_behind(node)
+        return None if norm is None or norm.args[5] else self.flow.trace.tensors.get(norm.args[3])
 
     def _emitted(self, node: Operation, layer: Layer) -> Constant:
         """Rows of zeros give their bias, and so do depthwise rows of an input that is zero."""
@@ -144,10 +150,18 @@ class Constants:
         return Constant(dim, torch.cat(values))
 
     def _passed(self, node: Operation, values: Tensor) -> Constant | None:
-        """The same values at the place where their dim is now."""
+        """The same values at the place where their dim is now, by itself or as a factor of a larger one."""
         wanted = flat(self.flow.shapes[node.args[0]][self.found[node.args[0]].dim])
-        places = [place for place, dim in enumerate(self.flow.shapes[node]) if wanted and flat(dim) == wanted]
-        return Constant(places[0], values) if len(places) == 1 else None
+        places = [
+            (place, factors[:first], factors[first + len(wanted) :])
+            for place, factors in enumerate(map(flat, self.flow.shapes[node]))
+            for first in range(len(factors))
+            if wanted and factors[first : first + len(wanted)] == wanted
+        ]
+        if len(places) != 1:
+            return None
+        place, outer, inner = places[0]
+        return Constant(place, values.view(1, -1, 1).expand(size(outer), -1, size(inner)).flatten())
 
     def _mapped(self, node: Operation) -> Constant | None:
         """An elementwise function of constants, weights and numbers; zero times anything is zero."""
@@ -191,6 +205,13 @@ class Constants:
         own = place - (rank - weight.ndim)
         spread = own >= 0 and weight.numel() == weight.shape[own]
         return weight.flatten() if spread or weight.numel() == 1 else None
+
+
+def norm_behind(node: Operation) -> Operation | None:
+    """The batch norm that reads `node` and is alone to do so, if there is one."""
+    readers = list(node.users)
+    found = len(readers) == 1 and readers[0].op == "call_function" and name_of(readers[0].target) == "batch_norm"
+    return readers[0] if found and readers[0].args[0] is node else None
 
 
 def _overwritten(trace: Trace) -> set[Node]:

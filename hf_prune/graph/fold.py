@@ -21,7 +21,8 @@ from hf_prune.types import Group, Plan
 def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
     """Add what the units that go emit to the biases of the layers that read them, in place.
 
-    A constant that cannot be folded, because its reader has no bias or pads with zeros, is lost with a warning.
+    Without a bias, the mean of a batch norm behind the layer takes it. A constant that cannot be folded, because its
+    reader has neither or pads with zeros, is lost with a warning.
     """
     tensors = distinct_tensors(model)
     if any(tensor.is_meta for tensor in tensors.values()):  # sizes only, nothing to move
@@ -35,10 +36,12 @@ def fold_constants(model: nn.Module, graph: Graph, kept: Kept) -> None:
         emitted[kept_indices(constants.read_dim(layer), kept).to(emitted.device)] = 0.0
         if not emitted.any():
             continue
-        if layer.bias is not None and _foldable(layer):
-            tensors[layer.bias] += _shift(layer, tensors[layer.weight], emitted)
-        else:
+        if not _foldable(layer):
             lost.append(layer.weight)
+        elif layer.bias is not None:
+            tensors[layer.bias] += _shift(layer, tensors[layer.weight], emitted)
+        elif layer.mean is not None:
+            tensors[layer.mean] -= _shift(layer, tensors[layer.weight], emitted)
     if lost:
         warnings.warn(
             f"removed units emit constants that {', '.join(lost)} cannot take over (no bias, groups, or padding with "
@@ -98,7 +101,7 @@ def _units(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 def _foldable(layer: Layer) -> bool:
-    return layer.bias is not None and not layer.padded and not layer.grouped
+    return (layer.bias or layer.mean) is not None and not layer.padded and not layer.grouped
 
 
 def _shift(layer: Layer, weight: Tensor, emitted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hf_prune.types import PruneError
 METHODS = {
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
+    "resrep": "hf_prune.methods.resrep",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 
