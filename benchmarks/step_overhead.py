@@ -95,13 +95,14 @@ def peak_memory(kind: str, quick: bool) -> int:
 
 
 def measure(quick: bool) -> dict[str, Any]:
+    # First, while this process is small: a child's record of its highest size begins with its parent's size.
+    memory, size = {kind: peak_memory(kind, quick) for kind in ("stock", "hard")}, pruned_bytes(quick)
     seconds: dict[str, list[float]] = {kind: [] for kind in ("stock", *VARIANTS)}
     for _ in range(2 if quick else ROUNDS):
         for kind, values in seconds.items():
             values += train(kind, quick)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     spread = {kind: statistics.quantiles(values, n=4) for kind, values in seconds.items()}
-    memory, size = {kind: peak_memory(kind, quick) for kind in ("stock", "hard")}, pruned_bytes(quick)
     return {
         "step_seconds": {kind: {"median": m, "quartiles": spread[kind]} for kind, m in medians.items()},
         "step_ratio": {kind: medians[kind] / medians["stock"] for kind in VARIANTS},
