@@ -85,8 +85,8 @@ def run(name, trainer):
     return [name, f"{removed:.0%}", f"{score:.3f}", f"{size:.1f}", f"{seconds:.0f}"]
 
 
-def prune(name, variant, teacher):
-    pruning = MovementConfig(variant=variant, final_sparsity=options.sparsity, begin=0.05, end=0.7, score_lr=3e-2)
+def prune(name, teacher, **variant):
+    pruning = MovementConfig(final_sparsity=options.sparsity, begin=0.05, end=0.7, **variant)
     distillation = DistillConfig(temperature=2.0, alpha=0.9)
     settings = common(name, options.epochs, 2e-4)
     return run(name, PruneTrainer(**settings, pruning=pruning, teacher=teacher, distillation=distillation))
@@ -95,6 +95,6 @@ def prune(name, variant, teacher):
 table = Table("model", "removed", options.metric, "file, MB", "seconds", title="Movie sentiment, test rows")
 table.add_row(*run("dense", Trainer(**common("dense", options.epochs / 2, 1e-4))))
 teacher = options.output / "dense" / "model"
-table.add_row(*prune("movement", "hard", teacher))
-table.add_row(*prune("magnitude", "magnitude", teacher))
+table.add_row(*prune("movement", teacher, variant="soft", score_lr=3e-2, penalty_weight=300.0))
+table.add_row(*prune("magnitude", teacher, variant="magnitude"))
 Console().print(table)

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from hf_prune import PruneConfig, Pruner, PruneTrainer, methods
 from hf_prune.parts import schedules, structures
+from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import top_k
 from hf_prune.testing import CHECKS, Case, Run, tiny_cases, tiny_text_model
@@ -100,7 +101,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.seen = {"transform": 0, "project": 0, "passes": 0, "penalty": [], "metrics": []}
 
     def build(model: nn.Module, graph: Any, config: ToyConfig) -> Recipe:
-        weights = structures.prunable_weights(model, config.include, config.exclude)
+        weights = prunable_weights(model, config.include, config.exclude)
         rows = structures.row_structures(weights)
         gates = [RowGate(each) for each in rows]
 

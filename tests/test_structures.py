@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune import PruneError
 from hf_prune.graph import unit_indices
 from hf_prune.parts import structures
+from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.structures import Blocks, Elements, GroupUnits, Slices
 from hf_prune.testing import tiny_image_model, tiny_text_model
 from hf_prune.types import Group, Member, Structure
@@ -128,25 +129,25 @@ def test_rows_and_columns_of_convolutions() -> None:
 
 
 def test_the_layers_of_repeated_blocks_are_chosen() -> None:
-    chosen = structures.prunable_weights(tiny_text_model(), (), ())
+    chosen = prunable_weights(tiny_text_model(), (), ())
     assert len(chosen) == 12 and all(name.startswith("bert.encoder.layer.") for name in chosen)
-    assert all("convolution.weight" in name for name in structures.prunable_weights(tiny_image_model(), (), ()))
+    assert all("convolution.weight" in name for name in prunable_weights(tiny_image_model(), (), ()))
 
 
 def test_without_repeated_blocks_all_but_the_last_layer_are_chosen() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(4, 4, 1), nn.Linear(4, 2))
-    assert list(structures.prunable_weights(model, (), ())) == ["0.weight", "2.weight"]
+    assert list(prunable_weights(model, (), ())) == ["0.weight", "2.weight"]
 
 
 def test_include_and_exclude_are_globs_over_whole_names() -> None:
     model = tiny_text_model()
-    queries = structures.prunable_weights(model, ("*.query",), ())
+    queries = prunable_weights(model, ("*.query",), ())
     assert list(queries) == [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)]
-    outputs = structures.prunable_weights(model, ("*.layer.?.output.dense",), ())
+    outputs = prunable_weights(model, ("*.layer.?.output.dense",), ())
     assert list(outputs) == [f"bert.encoder.layer.{i}.output.dense.weight" for i in (0, 1)]
-    rest = structures.prunable_weights(model, (), ("bert.encoder.layer.0.*", "*.query"))
+    rest = prunable_weights(model, (), ("bert.encoder.layer.0.*", "*.query"))
     assert len(rest) == 5 and all(".layer.1." in name for name in rest)
-    assert list(structures.prunable_weights(model, ("classifier",), ())) == ["classifier.weight"]
+    assert list(prunable_weights(model, ("classifier",), ())) == ["classifier.weight"]
 
 
 @pytest.mark.parametrize(
@@ -160,22 +161,22 @@ def test_include_and_exclude_are_globs_over_whole_names() -> None:
 )
 def test_patterns_that_leave_nothing(include: tuple[str, ...], exclude: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(PruneError, match=complaint):
-        structures.prunable_weights(tiny_text_model(), include, exclude)
+        prunable_weights(tiny_text_model(), include, exclude)
 
 
 def test_shared_weights_are_refused() -> None:
     config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=True)
     model = GPT2LMHeadModel(config)
-    assert len(structures.prunable_weights(model, (), ())) == 4
+    assert len(prunable_weights(model, (), ())) == 4
     with pytest.raises(PruneError, match=r"'lm_head\.weight' is the same tensor as transformer\.wte\.weight"):
-        structures.prunable_weights(model, ("lm_head",), ())
+        prunable_weights(model, ("lm_head",), ())
 
 
 def test_layers_that_are_used_many_times_count_once() -> None:
     config = AlbertConfig(
         vocab_size=20, embedding_size=8, hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16
     )
-    chosen = structures.prunable_weights(AlbertForSequenceClassification(config), (), ())
+    chosen = prunable_weights(AlbertForSequenceClassification(config), (), ())
     assert len(chosen) == 6 and len({id(module) for module in chosen.values()}) == 6
 
 

@@ -25,6 +25,7 @@ from hf_prune.config import PruneConfig, require_choice
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.budgets import fit_price, normalised
 from hf_prune.parts.gates import MaskGate
+from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
@@ -85,7 +86,7 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
     """Rank by size along the schedule; masks until the end, where groups are shrunk."""
     assert config.goal is not None
     if config.structure == "element":
-        weights = structures.prunable_weights(model, config.include, config.exclude)
+        weights = prunable_weights(model, config.include, config.exclude)
         units: list[Structure] = structures.element_structures(weights)
         selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
     else:

@@ -29,6 +29,7 @@ from hf_prune.config import Goal, PruneConfig, require_choice, require_range
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.controllers import DualAscent
 from hf_prune.parts.gates import MaskGate, ScoreGate, ScoreMask
+from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
@@ -176,7 +177,7 @@ def build(model: nn.Module, graph: Any, config: MovementConfig) -> Recipe:
 
 
 def _structures(model: nn.Module, graph: Any, config: MovementConfig) -> Sequence[Structure]:
-    weights = structures.prunable_weights(model, config.include, config.exclude)
+    weights = prunable_weights(model, config.include, config.exclude)
     if config.structure in ("neuron", "hybrid"):
         neurons = structures.neuron_structures(model, graph.groups, weights)
         if config.structure == "neuron":

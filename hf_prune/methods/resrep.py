@@ -36,6 +36,7 @@ from hf_prune.config import PruneConfig, require_choice, require_range
 from hf_prune.graph.writers import Silence, Writer, writers
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.budgets import PRICES, fit_price
+from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import Selection, floor_count, keep_highest
 from hf_prune.parts.structures import GroupUnits
@@ -321,8 +322,8 @@ def _dropped(plan: Plan) -> int:
 
 def _targets(model: nn.Module, graph: Any, config: ResRepConfig) -> list[tuple[GroupUnits, tuple[Writer, ...]]]:
     """Groups that dense layers alone write, chosen by these layers' names, with the layers."""
-    weights = structures.prunable_weights(model, config.include, config.exclude)
-    excluded = structures.prunable_weights(model, config.exclude, ()).keys() if config.exclude else set()
+    weights = prunable_weights(model, config.include, config.exclude)
+    excluded = prunable_weights(model, config.exclude, ()).keys() if config.exclude else set()
     silence, found = Silence(model, graph.traced), []
     for name, group in graph.groups.items():
         layers = () if group.normalised else writers(model, graph.traced, group)
