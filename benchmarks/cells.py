@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +13,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent / "cache"
@@ -78,3 +81,40 @@ def run(cells: Sequence[Cell], function: Callable[[Cell], dict[str, Any]], store
             cell = running[future]
             store.add(cell, future.result())
             print(f"[{done}/{len(waiting)}, {time.perf_counter() - begin:.0f} s] {key(cell)}", flush=True)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """What every benchmark of cells takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="few rows, one seed: shows that it runs")
+    parser.add_argument("--table", action="store_true", help="print the finished cells and stop")
+    parser.add_argument("--workers", type=int, default=2, help="one-thread processes side by side")
+    return parser.parse_args()
+
+
+def open_store(name: str, quick: bool) -> Store:
+    """The committed results, or those of quick runs, which stay out of the repository."""
+    return Store(CACHE / f"{name}_quick.json" if quick else RESULTS / f"{name}.json")
+
+
+def hits(store: Store, cell: Cell, split: str) -> np.ndarray:
+    """0 or 1 for each row of `split`, in the data set's order."""
+    return np.array([int(each) for each in store[cell]["correct"][split]])
+
+
+def accuracy(store: Store, cell: Cell, split: str) -> float:
+    """Percent of `split` that the cell's model got right."""
+    return 100.0 * float(hits(store, cell, split).mean())
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, standard deviation over seeds, and how many there are."""
+    if not values:
+        return None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": std, "seeds": len(values)}
+
+
+def spread_text(value: dict[str, float] | None, digits: int = 1) -> str:
+    """`mean ± std (n=seeds)`."""
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f} (n={value['seeds']})" if value else "-"

@@ -12,7 +12,6 @@ chosen setting, over three seeds. At 80 % only movement runs, against dense.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import CACHE, RESULTS, Cell, Store, run
+from cells import CACHE, Cell, Store, accuracy, arguments, hits, open_store, run, spread, spread_text
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -153,14 +152,6 @@ def pruned_cell(method: str, sparsity: float, seed: int, setting: dict[str, floa
     return {"method": method, "sparsity": sparsity, "seed": seed, **size, **setting}
 
 
-def accuracy(store: Store, cell: Cell, split: str) -> float:
-    return 100.0 * float(np.mean(hits(store, cell, split)))
-
-
-def hits(store: Store, cell: Cell, split: str) -> np.ndarray:
-    return np.array([int(each) for each in store[cell]["correct"][split]])
-
-
 def chosen_setting(store: Store, method: str, size: dict[str, int]) -> dict[str, float]:
     """The trial with the highest validation accuracy at 90 %, seed 0; of equal ones the first."""
     return max(
@@ -186,7 +177,7 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000) 
 
 def summarise(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> dict[str, Any]:
     """The tables' numbers, from finished cells alone; what is not there yet is left out."""
-    table: dict[str, Any] = {"dense": _spread(store, [dense_cell(seed, size) for seed in seeds])}
+    table: dict[str, Any] = {"dense": _test_accuracy(store, [dense_cell(seed, size) for seed in seeds])}
     settings = {
         method: chosen_setting(store, method, size)
         for method in METHODS
@@ -197,7 +188,7 @@ def summarise(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> dic
             method: [pruned_cell(method, sparsity, seed, setting, size) for seed in seeds]
             for method, setting in settings.items()
         }
-        row: dict[str, Any] = {method: _spread(store, cells) for method, cells in by_method.items()}
+        row: dict[str, Any] = {method: _test_accuracy(store, cells) for method, cells in by_method.items()}
         done = {method for method, cells in by_method.items() if all(cell in store for cell in cells)}
         for method in ("hard", "soft"):
             if {method, "magnitude"} <= done:
@@ -209,15 +200,8 @@ def summarise(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> dic
     return {"settings": settings, "test_accuracy": table, "size": size}
 
 
-def _spread(store: Store, cells: list[Cell]) -> dict[str, float] | None:
-    values = [accuracy(store, cell, "test") for cell in cells if cell in store]
-    if not values:
-        return None
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-        "seeds": len(values),
-    }
+def _test_accuracy(store: Store, cells: list[Cell]) -> dict[str, float] | None:
+    return spread([accuracy(store, cell, "test") for cell in cells if cell in store])
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -231,14 +215,10 @@ def print_table(summary: dict[str, Any]) -> None:
     for name, row in summary["test_accuracy"].items():
         if name == "dense":
             continue
-        methods = [_cell_text(row.get(method)) for method in METHODS]
+        methods = [spread_text(row.get(method)) for method in METHODS]
         gains = [_gain_text(row.get(f"{method} - magnitude")) for method in ("hard", "soft")]
-        shown.add_row(name, _cell_text(dense), *methods, *gains)
+        shown.add_row(name, spread_text(dense), *methods, *gains)
     Console(width=140).print(shown, summary["settings"])
-
-
-def _cell_text(value: dict[str, float] | None) -> str:
-    return f"{value['mean']:.1f} ± {value['std']:.1f} (n={value['seeds']})" if value else "-"
 
 
 def _gain_text(value: dict[str, float] | None) -> str:
@@ -260,13 +240,9 @@ def stages(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rows, one epoch, one seed")
-    parser.add_argument("--table", action="store_true", help="print the finished cells and stop")
-    parser.add_argument("--workers", type=int, default=2, help="one-thread processes side by side")
-    options = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0])
     size, seeds = (QUICK, (0,)) if options.quick else (FULL, SEEDS)
-    store = Store(CACHE / "movement_text_quick.json" if options.quick else RESULTS / "movement_text.json")
+    store = open_store("movement_text", options.quick)
     if not options.table:
         for cells in stages(store, seeds, size):
             run(cells, train_cell, store, options.workers)

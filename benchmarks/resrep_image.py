@@ -11,14 +11,13 @@ seed 0; test rows are scored with the chosen setting over three seeds.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cells import CACHE, RESULTS, Cell, Store, run
+from cells import CACHE, Cell, Store, accuracy, arguments, open_store, run, spread, spread_text
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -198,10 +197,6 @@ def pruned_cell(method: str, trial: dict[str, Any], seed: int, size: dict[str, i
     return {"method": method, "seed": seed, **size, **trial, **(pace if method == "resrep" else {})}
 
 
-def accuracy(store: Store, cell: Cell, split: str) -> float:
-    return 100.0 * float(np.mean([int(each) for each in store[cell]["correct"][split]]))
-
-
 def chosen_trial(store: Store, method: str, size: dict[str, int]) -> dict[str, Any]:
     """The trial with the highest validation accuracy, seed 0; of equal ones the first."""
     return max(TRIALS, key=lambda trial: accuracy(store, pruned_cell(method, trial, 0, size), "validation"))
@@ -228,43 +223,30 @@ def _row(store: Store, cells: list[Cell], dense: list[Cell]) -> dict[str, Any]:
     values = [accuracy(store, cell, "test") for cell, _ in done]
     changes = [value - accuracy(store, start, "test") for value, (_, start) in zip(values, done, strict=True)]
     return {
-        "test_accuracy": _spread(values),
-        "change": _spread(changes),
-        "multiply_adds": _spread([store[cell]["multiply_adds"] for cell, _ in done]),
-        "seeds": len(done),
+        "test_accuracy": spread(values),
+        "change": spread(changes),
+        "multiply_adds": spread([store[cell]["multiply_adds"] for cell, _ in done]),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
 def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("model", "streams cut", "multiply-adds kept", "test accuracy, %", "change, points", "seeds")
+    shown = Table("model", "streams cut", "multiply-adds kept", "test accuracy, %", "change, points")
     for name, row in summary["rows"].items():
         streams = str(row["setting"]["streams"]) if "setting" in row else "-"
-        cells = (_text(row[key], digits) for key, digits in (("multiply_adds", 3), ("test_accuracy", 2), ("change", 2)))
-        shown.add_row(name, streams, *cells, str(row["seeds"]))
+        cells = (
+            spread_text(row[key], digits) for key, digits in (("multiply_adds", 3), ("test_accuracy", 2), ("change", 2))
+        )
+        shown.add_row(name, streams, *cells)
     Console(width=120).print(shown, "points lost in ResRep's cut, validation:", summary["points_lost_in_the_cut"])
 
 
-def _text(value: dict[str, float] | None, digits: int) -> str:
-    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}" if value else "-"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rows, one seed")
-    parser.add_argument("--table", action="store_true", help="print the finished cells and stop")
-    parser.add_argument("--workers", type=int, default=2, help="one-thread processes side by side")
-    options = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0])
     size, seeds = (QUICK, (0,)) if options.quick else (FULL, SEEDS)
-    store = Store(CACHE / "resrep_image_quick.json" if options.quick else RESULTS / "resrep_image.json")
+    store = open_store("resrep_image", options.quick)
     if not options.table:
         prepare(size)
         run([dense_cell(seed, size) for seed in seeds], train_cell, store, options.workers)
