@@ -246,9 +246,7 @@ def _soft(
 def _l0(
     model: nn.Module, units: Sequence[Structure], device: torch.device, schedule: Schedule, config: MovementConfig
 ) -> dict:
-    gates = [
-        HardConcreteGate(each, device, init=config.first_score, seed=config.seed + i) for i, each in enumerate(units)
-    ]
+    gates = [HardConcreteGate(each, device, init=config.first_score, seed=config.seed) for each in units]
 
     def all_open(scores: Mapping[str, Tensor], share: float) -> Plan:
         return {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}
