@@ -44,6 +44,10 @@ class Store:
         self.content["cells"][key(cell)] = result
         self.write()
 
+    def forget(self, cell: Cell) -> None:
+        """Have the cell run again, as where a model that it trained, and others need, is no longer there."""
+        self.content["cells"].pop(key(cell), None)
+
     def write(self, **summary: Any) -> None:
         self.content.update(summary, command=" ".join(["python", *sys.argv]), environment=environment())
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         trainer = PruneTrainer(
             **common,
             pruning=pruning,
-            teacher=Remembering(_teacher_folder(cell)),
+            teacher=Remembering(cell),
             distillation=DistillConfig(temperature=2.0, alpha=0.9),
         )
     begin = time.perf_counter()
@@ -103,7 +103,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         if cell["seed"] == 0:
             answers = predict(trainer.model, data["train"], common["data_collator"]).tolist()
             table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers, strict=True)}
-            torch.save(table, Path(_teacher_folder(cell)) / "answers.pt")
+            torch.save(table, _teacher_answers(cell))
     correct = {}
     for split in ("validation", "test"):
         hit = predict(trainer.model, data[split], common["data_collator"]).argmax(-1) == np.array(data[split]["label"])
@@ -125,10 +125,10 @@ def predict(model: torch.nn.Module, rows: Dataset, collator: DataCollatorWithPad
 class Remembering(torch.nn.Module):
     """A teacher that looks its answers up by the row's tokens instead of computing them again in every cell."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.config = AutoConfig.from_pretrained(folder)
-        self.answers = torch.load(Path(folder) / "answers.pt", weights_only=True)
+        self.config = AutoConfig.from_pretrained(_teacher_folder(cell))
+        self.answers = torch.load(_teacher_answers(cell), weights_only=True)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
@@ -137,6 +137,10 @@ class Remembering(torch.nn.Module):
 
 def _folder(cell: Cell) -> Path:
     return CACHE / "movement_text" / f"{cell['rows']}-{cell['epochs']}"
+
+
+def _teacher_answers(cell: Cell) -> Path:
+    return Path(_teacher_folder(cell)) / "answers.pt"
 
 
 def _teacher_folder(cell: Cell) -> str:
@@ -228,6 +232,8 @@ def _gain_text(value: dict[str, float] | None) -> str:
 def stages(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> Iterator[list[Cell]]:
     """Cells in the order of what they tell; a stage may look at the results of those before it."""
     dense = [dense_cell(seed, size) for seed in seeds]
+    if not _teacher_answers(dense[0]).exists():
+        store.forget(dense[0])
     yield dense[:2]  # the first is everyone's teacher
     for methods in (("magnitude", "soft"), ("hard",)):
         yield [pruned_cell(method, 0.9, 0, trial, size) for method in methods for trial in TRIALS[method]]
