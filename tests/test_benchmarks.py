@@ -1,0 +1,63 @@
+"""The benchmarks' harness: finished cells stay, a stopped run goes on, and the statistics are what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cells
+
+    yield cells
+    for name in ("cells", "movement_text"):
+        sys.modules.pop(name, None)
+
+
+def count_letters(cell: dict[str, Any]) -> dict[str, Any]:
+    if cell["word"] == "broken":
+        raise ValueError("this cell fails")
+    return {"letters": len(cell["word"])}
+
+
+def test_a_failed_run_keeps_what_was_finished_and_resumes(harness: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "words.json"
+    good, bad = {"word": "abc"}, {"word": "broken"}
+    with pytest.raises(ValueError, match="this cell fails"):
+        harness.run([good, bad], count_letters, harness.Store(path), workers=1)
+    store = harness.Store(path)
+    assert good in store and bad not in store and store[good] == {"letters": 3}
+
+    harness.run([good, {"word": "de"}], count_letters, store, workers=1)
+    content = json.loads(path.read_text())
+    assert content["cells"] == {"word=abc": {"letters": 3}, "word=de": {"letters": 2}}
+    assert content["environment"]["torch"]
+    store.forget(good)
+    assert good not in store
+
+
+def test_spread_counts_seeds(harness: Any) -> None:
+    assert harness.spread([]) is None and harness.spread_text(None) == "-"
+    assert harness.spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "seeds": 2}
+    assert harness.spread_text(harness.spread([50.0]), 2) == "50.00 ± 0.00 (n=1)"
+
+
+def test_paired_bootstrap_finds_a_real_gain_and_no_false_one(harness: Any) -> None:
+    import movement_text
+
+    generator = np.random.default_rng(0)
+    base = generator.random((3, 900)) < 0.8
+    better = base | (generator.random((3, 900)) < 0.2)
+    points, low, high = movement_text.paired_bootstrap(better.astype(int), base.astype(int), draws=500)
+    assert low > 0 and low < points < high and points == pytest.approx(100 * (better.mean() - base.mean()))
+    same = movement_text.paired_bootstrap(base.astype(int), base.astype(int), draws=100)
+    assert same == (0.0, 0.0, 0.0)
