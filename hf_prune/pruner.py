@@ -19,7 +19,7 @@ from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
 from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
-from hf_prune.report import summarise
+from hf_prune.report import make_report, sparsity
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """Fraction of prunable weights that the current plan removes."""
-        return summarise(self._attached.structures, self.plan).sparsity
+        return sparsity(self._attached.structures, self.plan)
 
     @property
     def at_goal(self) -> bool:
@@ -296,9 +296,8 @@ class Pruner:
         finally:
             model.train(was_training)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
-        report = summarise(recipe.structures, plan).report(
-            self.config, self.method.PAPER, model, self.graph.frozen if groups else {}
-        )
+        frozen = self.graph.frozen if groups else {}
+        report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
         if groups:
             _shrink(model, self.graph, groups)
         return model, report

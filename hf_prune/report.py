@@ -4,58 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.types import Paper, Plan, Report, Structure
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Units per structure, and counts of the weights (not biases or norm parameters) that all of them cover."""
-
-    layers: Mapping[str, dict[str, Any]]
-    prunable: int
-    kept: int
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of prunable weights removed; 0 where nothing is prunable."""
-        return 1.0 - self.kept / self.prunable if self.prunable else 0.0
-
-    def report(self, config: PruneConfig, paper: Paper, model: nn.Module, frozen: Mapping[str, str]) -> Report:
-        """The record of the finished run; `model` still has its dense shapes."""
-        return Report(
-            method=config.method,
-            config=config.to_dict(),
-            paper=asdict(paper),
-            sparsity=self.sparsity,
-            layers=dict(self.layers),
-            parameters={
-                "dense": sum(parameter.numel() for parameter in model.parameters()),
-                "prunable": self.prunable,
-                "kept": self.kept,
-            },
-            frozen=dict(frozen),
-        )
+def sparsity(structures: Sequence[Structure], plan: Plan) -> float:
+    """Fraction of the weights that all structures cover which `plan` removes; 0 where they cover none."""
+    return _count(structures, plan).sparsity
 
 
-def summarise(structures: Sequence[Structure], plan: Plan) -> Summary:
-    """Count what `plan` keeps of each structure, and of the weights that they cover together."""
-    layers, tensors = {}, _Weights()
+def make_report(
+    structures: Sequence[Structure],
+    plan: Plan,
+    config: PruneConfig,
+    paper: Paper,
+    model: nn.Module,
+    frozen: Mapping[str, str],
+) -> Report:
+    """The record of the finished run; `model` still has its dense shapes."""
+    weights = _count(structures, plan)
+    return Report(
+        method=config.method,
+        config=config.to_dict(),
+        paper=asdict(paper),
+        sparsity=weights.sparsity,
+        layers={structure.name: _layer(structure, plan[structure.name]) for structure in structures},
+        parameters={
+            "dense": sum(parameter.numel() for parameter in model.parameters()),
+            "prunable": weights.prunable,
+            "kept": weights.kept,
+        },
+        frozen=dict(frozen),
+    )
+
+
+def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
+    layer = {"structure": type(structure).__name__, "units": structure.units, "kept": int(keep.sum())}
+    return {**layer, "indices": keep.nonzero()[:, 0].tolist()} if isinstance(structure, GroupUnits) else layer
+
+
+def _count(structures: Sequence[Structure], plan: Plan) -> _Weights:
+    weights = _Weights()
     for structure in structures:
         alive = int(plan[structure.name].sum())
-        layers[structure.name] = {"structure": type(structure).__name__, "units": structure.units, "kept": alive}
         if isinstance(structure, GroupUnits):
-            layers[structure.name]["indices"] = plan[structure.name].nonzero()[:, 0].tolist()
-            tensors.narrow(structure, alive)
+            weights.narrow(structure, alive)
         else:
-            tensors.thin(structure, alive)
-    return Summary(layers, tensors.prunable, tensors.kept)
+            weights.thin(structure, alive)
+    return weights
 
 
 class _Weights:
@@ -85,3 +87,7 @@ class _Weights:
     @property
     def kept(self) -> int:
         return self._thinned + sum(math.prod(sizes) for sizes in self._narrow.values())
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.kept / self.prunable if self.prunable else 0.0

@@ -28,19 +28,19 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     """
     price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
     dense = price(graph, None)
-    ranked = _keep_evenly if scope == "per_group" else _keep_globally
-
     _require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
+        values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
         allowed, cheap, dear = goal.kept(share) * dense, 0, sum(len(s) for s in scores.values())
-        if price(graph, ranked(scores, dear, floors)) <= allowed:
-            return ranked(scores, dear, floors)
+        everything = _keep(values, dear, floors)
+        if price(graph, everything) <= allowed:
+            return everything
         while dear - cheap > 1:
             middle = (cheap + dear) // 2
-            affordable = price(graph, ranked(scores, middle, floors)) <= allowed
+            affordable = price(graph, _keep(values, middle, floors)) <= allowed
             cheap, dear = (middle, dear) if affordable else (cheap, middle)
-        return ranked(scores, cheap, floors)
+        return _keep(values, cheap, floors)
 
     return select
 
@@ -57,18 +57,14 @@ def _require_reachable(goal: Goal, least: float) -> None:
         )
 
 
-def _keep_globally(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
-    plan = dict(zip(scores, keep_highest(list(scores.values()), count), strict=True))
-    return keep_floors(plan, scores, floors)
-
-
-def _keep_evenly(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
-    """The same share of each group: of all groups' units, ordered by their rank within the group, the first `count`."""
-    return _keep_globally({name: _rank(score) for name, score in scores.items()}, count, floors)
+def _keep(values: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """The `count` highest of all groups together, and each group's floor."""
+    plan = dict(zip(values, keep_highest(list(values.values()), count), strict=True))
+    return keep_floors(plan, values, floors)
 
 
 def _rank(score: Tensor) -> Tensor:
-    """Middle of the unit's place from the bottom, as a share of the group, in (0, 1)."""
+    """Middle of the unit's place from the bottom, as a share of the group, in (0, 1): one ranking of these is even."""
     places = torch.empty_like(score)
     places[score.sort(descending=True, stable=True).indices] = torch.arange(len(score), 0, -1).to(score) - 0.5
     return places / len(score)

@@ -20,8 +20,8 @@ from hf_prune.types import Group, Member, PruneError, Structure
 
 
 @dataclass(frozen=True)
-class Elements:
-    """Every weight is a unit of its own."""
+class _OneWeight:
+    """What structures of a single weight share; the plan names them by the weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +32,11 @@ class Elements:
         return (self.name,)
 
     producers = tensors
+
+
+@dataclass(frozen=True)
+class Elements(_OneWeight):
+    """Every weight is a unit of its own."""
 
     @property
     def units(self) -> int:
@@ -53,11 +58,9 @@ class Elements:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(_OneWeight):
     """Tiles of `block` = (rows, columns) of the weight seen as a matrix `(out, everything else)`, row-major."""
 
-    name: str
-    shape: tuple[int, ...]
     block: tuple[int, int]
 
     def __post_init__(self) -> None:
@@ -75,13 +78,6 @@ class Blocks:
     @property
     def _grid(self) -> tuple[int, int]:
         return self._matrix[0] // self.block[0], self._matrix[1] // self.block[1]
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The weight alone."""
-        return (self.name,)
-
-    producers = tensors
 
     @property
     def units(self) -> int:
@@ -107,19 +103,10 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Slices:
+class Slices(_OneWeight):
     """Whole slices along dimension `dim`: rows (one output each) or columns (one input each)."""
 
-    name: str
-    shape: tuple[int, ...]
     dim: int
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The weight alone."""
-        return (self.name,)
-
-    producers = tensors
 
     @property
     def units(self) -> int:
