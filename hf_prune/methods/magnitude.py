@@ -13,7 +13,6 @@ Related   `movement` with variant "magnitude" is the unstructured baseline of it
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,12 @@ from hf_prune.config import PruneConfig, require_choice
 from hf_prune.parts import schedules, structures
 from hf_prune.parts.budgets import fit_price, normalised
 from hf_prune.parts.gates import MaskGate
-from hf_prune.parts.prunable import prunable_weights
+from hf_prune.parts.prunable import prunable_groups, prunable_weights
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import top_k
-from hf_prune.types import Group, Member, Paper, PruneError, Structure
+from hf_prune.types import Paper, Structure
 
 PAPER = Paper(
     title="Pruning Filters for Efficient ConvNets",
@@ -90,7 +89,8 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
         units: list[Structure] = structures.element_structures(weights)
         selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
     else:
-        units = [structures.group_structure(group, model) for group in _groups(model, graph.groups, config)]
+        groups = prunable_groups(model, graph.groups, config.include, config.exclude, config.normalised_groups)
+        units = [structures.group_structure(group, model) for group in groups]
         selection = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
     device = next(model.parameters()).device
     return Recipe(
@@ -100,35 +100,6 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
         schedule=schedules.cubic(config.begin, config.end),
         gates=[MaskGate(each, device) for each in units],
     )
-
-
-def _groups(model: nn.Module, groups: Mapping[str, Group], config: MagnitudeConfig) -> list[Group]:
-    chosen = [
-        group
-        for group in groups.values()
-        if (config.normalised_groups or not group.normalised) and _named(group, config.include, config.exclude)
-    ]
-    if not chosen:
-        raise PruneError(
-            f"no group of {type(model).__name__} is left to prune among {len(groups)} (include={config.include}, "
-            f"exclude={config.exclude}); `hf_prune.graph.trace(model, inputs).groups` lists them."
-        )
-    return chosen
-
-
-def _named(group: Group, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
-    """Whether a module that produces the group matches `include` (or it is empty), and no member at all `exclude`."""
-    producers = {_module(member) for member in group.members if not member.reads}
-    everyone = {_module(member) for member in group.members}
-    return (not include or _matches(producers, include)) and not _matches(everyone, exclude)
-
-
-def _module(member: Member) -> str:
-    return member.tensor.rpartition(".")[0]
-
-
-def _matches(modules: set[str], patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(module, pattern) for module in modules for pattern in patterns)
 
 
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:

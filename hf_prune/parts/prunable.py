@@ -1,14 +1,14 @@
-"""Which weights a method may prune: chosen by globs, or the linear and conv layers of the model's repeated blocks."""
+"""Which weights and which groups a method may prune: chosen by globs over module names, or those a model repeats."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.types import PruneError
+from hf_prune.types import Group, Member, PruneError
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -65,3 +65,42 @@ def _refuse_shared(model: nn.Module, weights: dict[str, nn.Module]) -> None:
                 f"weight {name!r} is the same tensor as {', '.join(shared)}; a shared weight cannot have a mask of its "
                 f"own. Add {name.removesuffix('.weight')!r} to exclude."
             )
+
+
+def prunable_groups(
+    model: nn.Module,
+    groups: Mapping[str, Group],
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    normalised: bool = False,
+) -> list[Group]:
+    """Groups that a module matching `include` (any, without it) produces, and of which no member matches `exclude`.
+
+    normalised: also those under LayerNorm-like statistics, whose shrinking is not exact.
+
+    Raises:
+        PruneError: nothing is left.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    allowed = [group for group in groups.values() if normalised or not group.normalised]
+    chosen = [group for group in allowed if _named(group, include, exclude)]
+    if not chosen:
+        raise PruneError(
+            f"no group of {type(model).__name__} is left to prune among {len(groups)} (include={include}, "
+            f"exclude={exclude}); `hf_prune.graph.trace(model, inputs).groups` lists them."
+        )
+    return chosen
+
+
+def _named(group: Group, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    producers = {_module(member) for member in group.members if not member.reads}
+    everyone = {_module(member) for member in group.members}
+    return (not include or _matches(producers, include)) and not _matches(everyone, exclude)
+
+
+def _module(member: Member) -> str:
+    return member.tensor.rpartition(".")[0]
+
+
+def _matches(modules: set[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for module in modules for pattern in patterns)
