@@ -1,8 +1,8 @@
-"""Which indices of a dimension stay when units of its axes go."""
+"""Which indices of a dimension stay when units of its axes go, and the tensors that these make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,14 @@ from hf_prune.graph.axes import Axis, Cat, Dim, flat, leaves, size
 
 Kept = Mapping[Axis, Tensor]
 """Axis that loses units -> indices of those that stay."""
+
+
+def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """The entries of `tensor` at the given indices of every dimension."""
+    for dim, each in enumerate(indices):
+        if len(each) != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, each.to(tensor.device))
+    return tensor
 
 
 def loses(dim: Dim, kept: Kept) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
-from hf_prune.graph.kept import Kept, kept_indices, loses
+from hf_prune.graph.kept import Kept, kept_indices, loses, select
 from hf_prune.graph.resize import rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
@@ -34,7 +34,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept))
     check_table(table)
-    ratios = dry_run(model, graph, table)
+    ratios = dry_run(model, graph, table, indices)
     fold_constants(model, graph, kept)
     tensors = distinct_tensors(model)
     rescale(tensors, graph.flow.trace, ratios)
@@ -54,14 +54,6 @@ def _drop_caches(model: nn.Module) -> None:
     model.train()
     for module, training in modes:
         module.training = training
-
-
-def select(tensor: Tensor, indices: list[Tensor]) -> Tensor:
-    """The entries of `tensor` at the given indices of every dimension."""
-    for dim, each in enumerate(indices):
-        if len(each) != tensor.shape[dim]:
-            tensor = tensor.index_select(dim, each.to(tensor.device))
-    return tensor
 
 
 def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, Size]]:
