@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from cells import CACHE, Cell, Store, accuracy, arguments, hits, open_store, run, spread, spread_text
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -54,11 +55,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     """Train one model; returns per-row correctness on validation and test, the seconds, and the sparsity reached."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-    data = load_movie_sentiment(limit=cell["rows"]).map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=64), batched=True
-    )
-    data = data.remove_columns(["text", "score"])
+    tokenizer, data = tokenized_rows(cell["rows"])
     set_seed(cell["seed"])
     model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
     arguments = TrainingArguments(
@@ -103,13 +100,22 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         if cell["seed"] == 0:
             answers = predict(trainer.model, data["train"], common["data_collator"]).tolist()
             table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers, strict=True)}
-            torch.save(table, _teacher_answers(cell))
+            torch.save(table, teacher_answers(cell))
     correct = {}
     for split in ("validation", "test"):
         hit = predict(trainer.model, data[split], common["data_collator"]).argmax(-1) == np.array(data[split]["label"])
         correct[split] = "".join(str(int(each)) for each in hit)
     reached = trainer.report.sparsity if cell["method"] != "dense" else 0.0
     return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached}
+
+
+def tokenized_rows(limit: int) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+    """The tokenizer and the movie sentences, at most `limit` of them to train on, as token ids and labels."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    data = load_movie_sentiment(limit=limit).map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=64), batched=True
+    )
+    return tokenizer, data.remove_columns(["text", "score"])
 
 
 def predict(model: torch.nn.Module, rows: Dataset, collator: DataCollatorWithPadding) -> np.ndarray:
@@ -128,7 +134,7 @@ class Remembering(torch.nn.Module):
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.config = AutoConfig.from_pretrained(_teacher_folder(cell))
-        self.answers = torch.load(_teacher_answers(cell), weights_only=True)
+        self.answers = torch.load(teacher_answers(cell), weights_only=True)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
@@ -139,7 +145,7 @@ def _folder(cell: Cell) -> Path:
     return CACHE / "movement_text" / f"{cell['rows']}-{cell['epochs']}"
 
 
-def _teacher_answers(cell: Cell) -> Path:
+def teacher_answers(cell: Cell) -> Path:
     return Path(_teacher_folder(cell)) / "answers.pt"
 
 
@@ -232,7 +238,7 @@ def _gain_text(value: dict[str, float] | None) -> str:
 def stages(store: Store, seeds: tuple[int, ...], size: dict[str, int]) -> Iterator[list[Cell]]:
     """Cells in the order of what they tell; a stage may look at the results of those before it."""
     dense = [dense_cell(seed, size) for seed in seeds]
-    if not _teacher_answers(dense[0]).exists():
+    if not teacher_answers(dense[0]).exists():
         store.forget(dense[0])
     yield dense[:2]  # the first is everyone's teacher
     for methods in (("magnitude", "soft"), ("hard",)):
