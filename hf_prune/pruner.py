@@ -188,7 +188,8 @@ class Pruner:
             self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""

@@ -10,6 +10,7 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "gate_decorator": "hf_prune.methods.gate_decorator",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",
