@@ -11,6 +11,8 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "gate_decorator": "hf_prune.methods.gate_decorator",
+    "dmcp": "hf_prune.methods.dmcp",
+    "growing_regularization": "hf_prune.methods.growing_regularization",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",

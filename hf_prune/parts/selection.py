@@ -117,6 +117,32 @@ def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: 
     return select
 
 
+def top_units(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
+    """Keep the highest scores up to the goal's fraction of *units*, over all structures or of each by itself.
+
+    k of C units stay in the end, the goal's fraction of C to the nearest, and `k + floor((C - k) (1 - share))` on the
+    way: counted from totals, so that no rounding adds up.
+    """
+    floors = {s.name: floor_count(min_keep, s.units) for s in structures}
+
+    def count(units: int, share: float) -> int:
+        final = int(goal.kept(1.0) * units + 0.5)
+        return final + count_kept(1.0 - share, units - final)
+
+    def select(scores: Mapping[str, Tensor], share: float) -> Plan:
+        _require_finite(scores)
+        if scope == "per_group":
+            return {n: keep_highest([s], max(floors[n], count(len(s), share)))[0] for n, s in scores.items()}
+        raised = {n: s.masked_fill(keep_highest([s], floors[n])[0], float("inf")) for n, s in scores.items()}
+        return dict(zip(raised, keep_highest(list(raised.values()), count(_total(scores), share)), strict=True))
+
+    return select
+
+
+def _total(scores: Mapping[str, Tensor]) -> int:
+    return sum(len(score) for score in scores.values())
+
+
 def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int], floors: Mapping[str, int]) -> Plan:
     names = list(scores)
     raised: dict[str, Tensor] = dict(scores)
