@@ -10,6 +10,7 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "bwcp": "hf_prune.methods.bwcp",
     "dmcp": "hf_prune.methods.dmcp",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
