@@ -238,8 +238,10 @@ class WhitenedNorm(ChannelFunction):
 class Probabilities:
     """Draws masks, steers the penalty and chooses the channels that stay: selection, penalty and controller."""
 
-    def __init__(self, gates: Sequence[ChannelGate[WhitenedNorm]], graph: Any, config: BWCPConfig) -> None:
-        self.gates, self.config = gates, config
+    def __init__(
+        self, gates: Sequence[ChannelGate[WhitenedNorm]], graph: Any, chosen: Selection, config: BWCPConfig
+    ) -> None:
+        self.gates, self.chosen, self.config = gates, chosen, config
         self.progress = 0.0
         self.dual: DualAscent | None = None
         if config.goal is not None:
@@ -256,6 +258,12 @@ class Probabilities:
     def scores(self) -> dict[str, Tensor]:
         """P of each channel from the running mean of M, over all processes."""
         return {gate.name: mean_over_processes(gate.function.shared_probability()) for gate in self.gates}
+
+    def select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
+        """All channels until `end`, then those that `chosen` says."""
+        if share < 1.0:
+            return {gate.name: torch.ones_like(gate.function.keep) for gate in self.gates}
+        return self.chosen(self.scores(), share)
 
     def penalty(self, progress: float) -> Tensor:
         """The pull at scales and offsets; none before `begin`."""
@@ -314,16 +322,6 @@ def _likely(targets: Sequence[ChannelTarget], min_keep: float) -> Selection:
     return lambda scores, share: keep_floors({name: score > 0.5 for name, score in scores.items()}, scores, floors)
 
 
-def _chosen_at_end(chosen: Selection) -> Selection:
-    """All channels until the whole way has been gone."""
-
-    def select(scores: Mapping[str, Tensor], share: float) -> Plan:
-        everything = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-        return chosen(scores, share) if share >= 1.0 else everything
-
-    return select
-
-
 def _gate(model: nn.Module, target: ChannelTarget, config: BWCPConfig) -> ChannelGate[WhitenedNorm]:
     functions = [WhitenedNorm(model.get_submodule(writer.host), config) for writer in target.writers]
     for function in functions:
@@ -347,11 +345,10 @@ def build(model: nn.Module, graph: Any, config: BWCPConfig) -> Recipe:
         chosen = _likely(targets, config.min_keep)
     else:
         chosen = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
-    probabilities = Probabilities(gates, graph.traced, config)
+    probabilities = Probabilities(gates, graph.traced, chosen, config)
     return Recipe(
         structures=units,
-        scores=probabilities.scores,
-        selection=_chosen_at_end(chosen),
+        selection=probabilities.select,
         schedule=schedules.one_shot(config.end),
         fixed_from=config.end,
         gates=gates,
