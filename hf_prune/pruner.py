@@ -198,7 +198,8 @@ class Pruner:
             self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
 
     def _select(self, share: float) -> None:
         """Set the plan at `share` of the way to the goal, from scores as they are now."""

@@ -11,7 +11,9 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "bwcp": "hf_prune.methods.bwcp",
+    "gate_decorator": "hf_prune.methods.gate_decorator",
     "dmcp": "hf_prune.methods.dmcp",
+    "growing_regularization": "hf_prune.methods.growing_regularization",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",

@@ -22,7 +22,7 @@ class Controller(Protocol):
         """What trains in the optimizer step that comes next."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """`progress` and `sparsity` after every optimizer step; evaluation metrics after every evaluation."""
+        """After an optimizer step `step`, `total_steps`, `progress`, `sparsity`; after an evaluation its metrics."""
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs; plain numbers, strings and tensors."""
