@@ -11,7 +11,6 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "bwcp": "hf_prune.methods.bwcp",
-    "gate_decorator": "hf_prune.methods.gate_decorator",
     "dmcp": "hf_prune.methods.dmcp",
     "gate_decorator": "hf_prune.methods.gate_decorator",
     "growing_regularization": "hf_prune.methods.growing_regularization",
