@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
+from hf_prune.graph import check_plan
+from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
+from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
@@ -24,6 +26,8 @@ from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
     from hf_prune.graph import Graph
+
+_ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
 
 
 ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
@@ -95,6 +99,9 @@ class Pruner:
         self._step = -1
         self._progress = 0.0
         self._fixed = False
+        self._narrowing: Narrowing | None = None
+        self._optimizer: PruneOptimizer | None = None
+        self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
     @property
@@ -124,6 +131,7 @@ class Pruner:
         with restored_on_error(self.model):
             for gate in recipe.gates:
                 gate.insert(self.model)
+            self._narrowing = _narrowing(self.model, self.graph, recipe, self.config)
         self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -149,7 +157,8 @@ class Pruner:
             lr_scale=(lambda: self.phase.lr_scale) if controlled else None,
         )
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        self._optimizer = PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        return self._optimizer
 
     def _gate_parameters(self) -> dict[str, list[nn.Parameter]]:
         kinds: dict[str, list[nn.Parameter]] = {}
@@ -182,13 +191,29 @@ class Pruner:
         if total_steps < 1:
             raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._fixed = self._fixed and step > self._step  # a run that starts again selects again
+        self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             share = recipe.schedule(self._progress) if recipe.schedule else self._progress
-            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+            self._set_plan(recipe.selection(self._scores(), share))
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
             self.observe({"progress": self._progress, "sparsity": self.sparsity})
+        due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
+        if due > self._cuts:
+            self._cuts = due
+            self.shrink_now()
+
+    def _scores(self) -> Mapping[str, Tensor]:
+        """The recipe's scores, so low for units that are gone for good that they are never taken before others."""
+        recipe = self._attached
+        scores = recipe.scores() if recipe.scores else {}
+        gone = {name: ~keep for name, keep in self._alive.items()}
+        return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
+
+    @property
+    def _alive(self) -> Plan:
+        return self._narrowing.alive if self._narrowing is not None else {}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
@@ -198,8 +223,39 @@ class Pruner:
             self.phase = controller.phase(max(self._step, 0))
 
     def _set_plan(self, plan: Plan) -> None:
+        alive = self._alive
         for gate in self._attached.gates:
-            gate.set_keep(plan[gate.name])
+            gate.set_keep(plan[gate.name] & alive[gate.name] if gate.name in alive else plan[gate.name])
+
+    def shrink_now(self, plan: Plan | None = None) -> None:
+        """Cut units out of the model, the optimizer's state and the gates for good, while the run goes on.
+
+        Training goes on as if the units were masked, at lower cost (dropout draws other numbers for other shapes).
+        Plans, scores and the report stay in units of the model as it was attached; parameters, parameter groups and
+        gates stay the same objects. Units of groups under LayerNorm-like statistics and of head widths, whose cut is
+        not exact or moves a scale into weights, stay as zeros until `finalize`; so do all when several processes train,
+        after `keep_whole`, and where the optimizer's state has no part for each unit.
+
+        plan: the units that stay, of any groups; what the gates keep now, where omitted.
+
+        Raises:
+            PruneError: the method has gates that cannot be cut, or the model would not run: the units are masked only.
+        """
+        narrowing = self._narrowing if self._attached else None
+        if narrowing is None:
+            raise PruneError(
+                f"method {self.config.method!r} has no masks over dimension groups that could be cut while it runs; "
+                "its units are removed by finalize()."
+            )
+        if plan is not None:
+            check_plan(self.graph.traced, {name: keep & narrowing.alive.get(name, keep) for name, keep in plan.items()})
+            self._set_plan({**self.plan, **plan})
+        narrowing.cut(self.plan, self._optimizer)
+
+    def keep_whole(self, reason: str) -> None:
+        """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""
+        if self._attached.shrink_at and self._narrowing is not None:
+            self._narrowing.keep_whole(reason)
 
     @property
     def plan(self) -> Plan:
@@ -282,7 +338,7 @@ class Pruner:
         _, report = self._bake(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._last_terms = None, None, {}
+        self.recipe, self.distiller, self._narrowing, self._optimizer, self._last_terms = None, None, None, None, {}
         self.report = report
         return report
 
@@ -295,6 +351,8 @@ class Pruner:
                 gate.fold(model)
         finally:
             model.train(was_training)
+        if self._narrowing is not None:
+            self._narrowing.finish(model)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
@@ -310,6 +368,7 @@ class Pruner:
             "step": self._step,
             "progress": self._progress,
             "fixed": self._fixed,
+            "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
         }
 
@@ -324,7 +383,8 @@ class Pruner:
                 f"the checkpoint was written with another pruning config; it had\n{state['config']}\n"
                 "Resume with that one: PruneConfig.from_json reads it."
             )
-        self._step, self._progress, self._fixed = state["step"], state["progress"], state["fixed"]
+        self._step, self._progress = state["step"], state["progress"]
+        self._fixed, self._cuts = state["fixed"], state["cuts"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])
@@ -346,6 +406,20 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     table = shrink(model, graph.traced, plan)
     if isinstance(model, PreTrainedModel):
         mark(model, table)
+
+
+def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
+    """What can cut units out during the run, where every gate allows it."""
+    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
+    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
+    if structures and len(gates) == len(recipe.gates):
+        return Narrowing(model, graph.traced, structures, gates)
+    if recipe.shrink_at:
+        raise PruneError(
+            f"method {config.method!r} wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its "
+            "gates are masks over dimension groups."
+        )
+    return None
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:
