@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
-from hf_prune.graph import check_plan
 from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
@@ -248,7 +247,7 @@ class Pruner:
                 "its units are removed by finalize()."
             )
         if plan is not None:
-            check_plan(self.graph.traced, {name: keep & narrowing.alive.get(name, keep) for name, keep in plan.items()})
+            narrowing.check(plan)
             self._set_plan({**self.plan, **plan})
         narrowing.cut(self.plan, self._optimizer)
 
