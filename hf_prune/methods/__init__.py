@@ -10,6 +10,7 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "lookahead": "hf_prune.methods.lookahead",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",

@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice
-from hf_prune.parts import schedules, structures
-from hf_prune.parts.budgets import fit_price, normalised
+from hf_prune.config import require_choice
+from hf_prune.parts import schedules
+from hf_prune.parts.budgets import normalised
 from hf_prune.parts.gates import MaskGate
-from hf_prune.parts.prunable import prunable_groups, prunable_weights
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
-from hf_prune.parts.selection import top_k
+from hf_prune.parts.units import UNIT_GOALS, UnitsConfig, choose_units
 from hf_prune.types import Paper, Structure
 
 PAPER = Paper(
@@ -44,38 +43,24 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = False
-GOALS = ("final_sparsity", "target_params", "target_flops", "target_bytes")
 TINY_MODEL = "image"
+GOALS = UNIT_GOALS
 
 SCORES = ("l1", "l2", "random")
-STRUCTURES = ("element", "group")
 
 
 @dataclass(frozen=True)
-class MagnitudeConfig(PruneConfig):
+class MagnitudeConfig(UnitsConfig):
     """`final_sparsity` removes single weights, `target_*` removes whole units of dimension groups."""
 
     method = "magnitude"
 
-    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation
     normalised_groups: bool = False  # also prune groups under LayerNorm-like statistics, which is not exact
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("score", self.score, SCORES)
-        if self.goal is None or self.goal.name == "max_metric_drop":
-            raise ValueError(f"MagnitudeConfig needs one goal of {', '.join(GOALS)}.")
-        needed = "element" if self.goal.name == "final_sparsity" else "group"
-        object.__setattr__(self, "structure", self.structure or needed)
-        require_choice("structure", self.structure, STRUCTURES)
-        if self.structure != needed:
-            raise ValueError(
-                f"structure {self.structure!r} does not go with {self.goal.name}: final_sparsity counts single weights "
-                "(structure 'element'), target_params, target_flops and target_bytes price whole units ('group')."
-            )
-        if self.goal.kept(1.0) == 1.0:
-            raise ValueError(f"{self.goal.name}={self.goal.value} removes nothing.")
 
 
 Config = MagnitudeConfig
@@ -83,15 +68,7 @@ Config = MagnitudeConfig
 
 def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
     """Rank by size along the schedule; masks until the end, where groups are shrunk."""
-    assert config.goal is not None
-    if config.structure == "element":
-        weights = prunable_weights(model, config.include, config.exclude)
-        units: list[Structure] = structures.element_structures(weights)
-        selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
-    else:
-        groups = prunable_groups(model, graph.groups, config.include, config.exclude, config.normalised_groups)
-        units = [structures.group_structure(group, model) for group in groups]
-        selection = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    units, selection = choose_units(model, graph, config, config.normalised_groups)
     device = next(model.parameters()).device
     return Recipe(
         structures=units,
