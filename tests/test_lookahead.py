@@ -81,7 +81,7 @@ def test_score_is_the_change_of_the_product(between: Callable[[int], list[nn.Mod
     if between is _norm:
         scales = [n.weight / (n.running_var + n.eps).sqrt() for n in (model.body[1], model.body[3])]
     for i in range(6):
-        for j in range(5):
+        for j in range(3):
             change = torch.zeros_like(second)
             change[i, j] = second[i, j]
             expected = (third @ torch.diag(scales[1]) @ change @ torch.diag(scales[0]) @ first).square().sum()
@@ -351,12 +351,12 @@ def test_no_worse_than_magnitude_after_training_on() -> None:
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     train, test = (x[:1200], y[:1200]), (x[1200:], y[1200:])
     errors: dict[tuple[str, float], list[float]] = {}
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         widths = [64, 100, 100, 100, 10]
         layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
         dense = Chain(*layers)
-        _train(dense, *train, 400)
+        _train(dense, *train, 250)
         for kept in (0.06, 0.03, 0.015):
             configs = {
                 "lookahead": LookaheadConfig(final_sparsity=1 - kept, include=EVERYTHING),
@@ -367,7 +367,7 @@ def test_no_worse_than_magnitude_after_training_on() -> None:
                 keeps, pruned = _keeps(dense, config, {"x": train[0][:256]}), copy.deepcopy(dense)
                 for weight, keep in keeps.items():
                     pruned.get_parameter(weight).data *= keep.view_as(pruned.get_parameter(weight))
-                _train(pruned, *train, 400, keeps)
+                _train(pruned, *train, 250, keeps)
                 errors.setdefault((name, kept), []).append(1 - _accuracy(pruned, *test))
     mean = {key: sum(values) / len(values) for key, values in errors.items()}
     for kept in (0.06, 0.03, 0.015):

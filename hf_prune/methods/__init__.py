@@ -10,10 +10,13 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "dmcp": "hf_prune.methods.dmcp",
+    "growing_regularization": "hf_prune.methods.growing_regularization",
     "lookahead": "hf_prune.methods.lookahead",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",
+    "weight_importance": "hf_prune.methods.weight_importance",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

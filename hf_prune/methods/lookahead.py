@@ -26,17 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_range
 from hf_prune.graph.neighbours import Neighbours
-from hf_prune.parts import schedules, statistics
+from hf_prune.parts import schedules, statistics, targets
 from hf_prune.parts.budgets import normalised
 from hf_prune.parts.energies import Energies
 from hf_prune.parts.gates import MaskGate
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import dense_parameter
-from hf_prune.parts.selection import Selection
+from hf_prune.parts.selection import Selection, select_among
 from hf_prune.parts.statistics import Calibration, Point, gather
-from hf_prune.parts.units import UNIT_GOALS, UnitsConfig, choose_units
 from hf_prune.types import Paper, Plan, Structure
 
 PAPER = Paper(
@@ -53,15 +52,16 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = False
-GOALS = UNIT_GOALS
+GOALS = targets.GOALS
 
 
 @dataclass(frozen=True)
-class LookaheadConfig(UnitsConfig):
+class LookaheadConfig(PruneConfig):
     """Defaults are the paper's LAP: the same fraction of each layer, all scored before any is masked."""
 
     method = "lookahead"
 
+    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     scope: str = "per_group"
     order: str = "together"  # "forward" or "backward": each layer is masked before the next one is scored
     splits: int = 1  # sub-steps of every removal, with new scores in between
@@ -72,6 +72,7 @@ class LookaheadConfig(UnitsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        targets.settle_structure(self)
         require_choice("order", self.order, ("together", "forward", "backward"))
         require_choice("streams", self.streams, ("one", "writers"))
         for name in ("splits", "rounds", "calibration_batches"):
@@ -114,8 +115,7 @@ class Lookahead:
         for split in range(self.config.splits):
             reached = before + (share - before) * (split + 1) / self.config.splits
             for block in self._blocks():
-                chosen = self.selection(self.scores(plan, block), reached)
-                plan.update({name: keep & plan[name] for name, keep in chosen.items()})
+                plan.update(select_among(plan, self.selection, self.scores(plan, block), reached))
         return plan
 
     def _blocks(self) -> list[list[Structure]]:
@@ -127,15 +127,13 @@ class Lookahead:
         return [[each] for each in (ordered if self.config.order == "forward" else reversed(ordered))]
 
     def scores(self, plan: Plan, units: Sequence[Structure]) -> dict[str, Tensor]:
-        """Of `units`, with everything that `plan` drops at zero; of dropped units themselves, minus infinity."""
+        """Of `units`, with everything that `plan` drops at zero."""
         energies = Energies(self.neighbours, self._weights(plan), self.rates)
         if self.config.structure == "element":
             found = {each.name: score(each.name, energies).flatten() for each in units}
-            found = _over_norm(found) if self.config.scope == "global" else found
-        else:
-            found = {each.name: _of_units(each, energies) for each in units}
-            found = normalised(found) if self.config.scope == "global" else found
-        return {name: score.masked_fill(~plan[name], -torch.inf) for name, score in found.items()}
+            return _over_norm(found) if self.config.scope == "global" else found
+        found = {each.name: _of_units(each, energies) for each in units}
+        return normalised(found) if self.config.scope == "global" else found
 
     def _weights(self, plan: Plan) -> dict[str, Tensor]:
         """Copies of the model's tensors, masked."""
@@ -175,7 +173,7 @@ def _over_norm(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build(model: nn.Module, graph: Any, config: LookaheadConfig) -> Recipe:
     """Masks that follow the scores at each rise of the schedule."""
-    units, selection = choose_units(model, graph, config)
+    units, selection = targets.find_targets(model, graph, config)
     lookahead = Lookahead(model, graph, units, selection, config)
     return Recipe(
         structures=units,

@@ -3,7 +3,7 @@
 Idea      a unit's worth is the size of its weights; no data is needed. One call prunes a trained model at once; under
           `PruneTrainer` the same ranking is applied to the current weights along a cubic schedule.
 Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the unit's size) or root mean square ("l2")
-          -> `scores.unit_norms`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
+          -> `targets.sizes`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
           -> `schedules.cubic`.
 Differs   Li et al. rank the filters of each layer by themselves (`scope="per_group"`); the global ranking divides each
           group's scores by their mean, without which layers of small weights would vanish whole. Units of a group are
@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import require_choice
-from hf_prune.parts import schedules
-from hf_prune.parts.budgets import normalised
+from hf_prune.config import PruneConfig, require_choice
+from hf_prune.parts import schedules, targets
 from hf_prune.parts.gates import MaskGate
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.scores import unit_norms
-from hf_prune.parts.units import UNIT_GOALS, UnitsConfig, choose_units
 from hf_prune.types import Paper, Structure
 
 PAPER = Paper(
@@ -43,24 +40,26 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = False
+GOALS = targets.GOALS
 TINY_MODEL = "image"
-GOALS = UNIT_GOALS
 
 SCORES = ("l1", "l2", "random")
 
 
 @dataclass(frozen=True)
-class MagnitudeConfig(UnitsConfig):
-    """`final_sparsity` removes single weights, `target_*` removes whole units of dimension groups."""
+class MagnitudeConfig(PruneConfig):
+    """`final_sparsity` removes single weights, `target_*` whole units of dimension groups."""
 
     method = "magnitude"
 
+    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation
     normalised_groups: bool = False  # also prune groups under LayerNorm-like statistics, which is not exact
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("score", self.score, SCORES)
+        targets.settle_structure(self)
 
 
 Config = MagnitudeConfig
@@ -68,7 +67,7 @@ Config = MagnitudeConfig
 
 def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
     """Rank by size along the schedule; masks until the end, where groups are shrunk."""
-    units, selection = choose_units(model, graph, config, config.normalised_groups)
+    units, selection = targets.find_targets(model, graph, config, normalised_groups=config.normalised_groups)
     device = next(model.parameters()).device
     return Recipe(
         structures=units,
@@ -82,8 +81,7 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:
     if config.score == "random":
         return lambda: {each.name: _permutation(each, config.seed) for each in units}
-    norms = unit_norms(model, units, order={"l1": 1, "l2": 2}[config.score])
-    return (lambda: normalised(norms())) if config.structure == "group" else norms
+    return targets.sizes(model, units, order={"l1": 1, "l2": 2}[config.score])
 
 
 def _permutation(structure: Structure, seed: int) -> Tensor:
@@ -96,6 +94,7 @@ TINY = {
     "element": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6),
     "element_l2": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6, score="l2", scope="per_group"),
     "flops": MagnitudeConfig(target_flops=0.5, begin=0.2, end=0.6),
+    "units": MagnitudeConfig(target_units=0.5, begin=0.2, end=0.6, scope="per_group"),
     "params_per_group": MagnitudeConfig(target_params=0.5, begin=0.2, end=0.6, scope="per_group"),
     "bytes_random": MagnitudeConfig(target_bytes=0.5, begin=0.2, end=0.6, score="random"),
 }
