@@ -97,7 +97,8 @@ def _sketched_hessian(
             draws = generator(seed, "signs", number)
             signs = [torch.randint(0, 2, p.shape, generator=draws).to(p) * 2 - 1 for p in parameters]
             first = torch.autograd.grad(_loss(model, batch), parameters, create_graph=True)
-            second = torch.autograd.grad(sum((g * v).sum() for g, v in zip(first, signs, strict=True)), parameters)
+            along = torch.stack([(g * v).sum() for g, v in zip(first, signs, strict=True)]).sum()
+            second = torch.autograd.grad(along, parameters)
             yield {name: (v * hv).detach() for name, v, hv in zip(tensors, signs, second, strict=True)}
 
 
