@@ -165,7 +165,7 @@ def test_magnitude_removes_a_layer_that_matters() -> None:
         for config in (MAGNITUDE_70, WeightImportanceConfig(final_sparsity=0.7, score="empirical", include=("*",)))
     )
     assert int(magnitude[V].sum()) == 1  # what a floor leaves
-    assert _error(model, magnitude, batches) > 0.9
+    assert _error(model, magnitude, batches) > 0.8
     assert _error(model, fisher, batches) < 0.3
     assert float(fisher[V].double().mean()) > 0.4
 
