@@ -135,7 +135,7 @@ class Pruner:
             teacher = load_teacher(self._teacher, self.model, self._tokenizer)
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
-        if recipe.measured_scores is not None and not self.calibration.given:
+        if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
             raise PruneError(
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
                 "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."

@@ -52,8 +52,10 @@ class Recipe:
     scores: Callable[[], Mapping[str, Tensor]] | None = None
     """Structure name -> `(units,)`, higher stays."""
     measured_scores: Callable[[Calibration], Mapping[str, Tensor]] | None = None
-    """In place of `scores` where these need data: asked, in evaluation mode, each time the schedule has risen, and the
-    plan stays in between. So a schedule in steps (`schedules.staircase`) says how often the data is read."""
+    """In place of `scores` where these need data or much time: asked, in evaluation mode, each time the schedule has
+    risen, and the plan stays in between. So a schedule in steps (`schedules.staircase`) says how often."""
+    needs_data: bool = True
+    """False where `measured_scores` reads the weights alone."""
     selection: Selection | None = None
     schedule: Schedule | None = None
     """Progress -> share of the way to the goal, handed to `selection`."""
