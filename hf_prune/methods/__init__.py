@@ -14,6 +14,7 @@ METHODS = {
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "resrep": "hf_prune.methods.resrep",
+    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 
