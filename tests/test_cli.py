@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from tiny_cli import cli
 
 from hf_prune import MovementConfig, methods
-from hf_prune.cli import app
 from hf_prune.cli.fields import describe, parse
-
-
-class Done:
-    """A finished command."""
-
-    def __init__(self, words: tuple[Any, ...]) -> None:
-        done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-        self.code, self.out, self.err = done.exit_code, done.stdout, done.stderr
-
-    @property
-    def result(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-def cli(*words: Any) -> Done:
-    return Done(words)
 
 
 def test_methods_lists_them_all() -> None:
@@ -53,6 +34,6 @@ def _options() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "--freeze-embeddings=false", {"freeze_embeddings": False}
 
 
-@pytest.mark.parametrize(("words", "values"), _options())
+@pytest.mark.parametrize(("words", "values"), list(_options()))
 def test_words_become_fields(words: str, values: dict[str, Any]) -> None:
-    assert parse(describe(MovementConfig), words.split()) == values
+    assert parse(describe(MovementConfig), words.split()) == (values, [])

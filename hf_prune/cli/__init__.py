@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli import methods
+from hf_prune.cli import methods, train
+from hf_prune.cli.options import OWN_OPTIONS
 from hf_prune.cli.run import guarded
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ def _options(
         raise typer.Exit
 
 
+app.command("train", context_settings=OWN_OPTIONS)(guarded(train.train))
 app.command("methods")(guarded(methods.methods))
 
 

@@ -10,6 +10,7 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "dmcp": "hf_prune.methods.dmcp",
     "growing_regularization": "hf_prune.methods.growing_regularization",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",

@@ -200,6 +200,8 @@ def fold_channels(model: nn.Module, writer: Writer, factor: Tensor) -> None:
     if norm is not None and norm.affine and factor.ndim == 1:
         norm.weight.copy_(factor * _exact(norm.weight))
         norm.bias.copy_(factor * _exact(norm.bias))
+        # Zero before the norm too, by which `shrink` knows that the channel is constant further on.
+        layer.weight.movedim(writer.dim, 0)[(factor == 0).to(layer.weight.device)] = 0.0
         return
     Q = factor.diag() if factor.ndim == 1 else factor
     if norm is not None:
