@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class PruneTrainer(Trainer):
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
+            data=self._calibration_batches if self.train_dataset is not None else None,
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
@@ -156,6 +158,15 @@ class PruneTrainer(Trainer):
         with torch.random.fork_rng(devices=()):
             batch = self._prepare_inputs(next(iter(getattr(loader, "base_dataloader", loader))))
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """The training rows, shuffled the same way at every look; each process has its share of them.
+
+        The pruner puts torch's random state back.
+        """
+        torch.default_generator.manual_seed(self.args.seed)
+        loader = self.get_train_dataloader()
+        return map(self._prepare_inputs, getattr(loader, "base_dataloader", loader))
 
 
 class _PruneCallback(TrainerCallback):
