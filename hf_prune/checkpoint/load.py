@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from hf_prune.types import PruneError
@@ -28,3 +30,13 @@ def load_pretrained(name: str, role: str = "model") -> PreTrainedModel:
             "load it yourself and pass the model."
         )
     return getattr(transformers, architectures[0]).from_pretrained(name)
+
+
+def load_processor(name: str) -> Any:
+    """The tokenizer, image processor or other processor saved beside a model; None where there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        return None

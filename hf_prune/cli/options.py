@@ -18,6 +18,12 @@ OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of a command whose further options come from config classes."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id or folder of the model, or demo:minilm.")]
+_DATA = typer.Option("--data", "-d", help="Name of a data set, CSV, TSV, JSON or parquet file, folder, or demo:NAME.")
+Data = Annotated[str, _DATA]
+DataToMeasure = Annotated[str | None, _DATA]
+Subset = Annotated[str | None, typer.Option(help="Configuration of the data set, such as sst2 of glue.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the classes.")]
+InputColumn = Annotated[list[str] | None, typer.Option(help="Column of the text or image; twice for a pair of texts.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Method = Annotated[str | None, typer.Option("--method", help="One of `hf-prune methods`.")]
 ConfigFile = Annotated[

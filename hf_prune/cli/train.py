@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hf_prune.cli.fields import describe, parse
-from hf_prune.cli.options import ConfigFile, Method, Model, Output, pruning_config, refuse
+from hf_prune.cli.options import (
+    ConfigFile,
+    Data,
+    InputColumn,
+    LabelColumn,
+    Method,
+    Model,
+    Output,
+    Subset,
+    pruning_config,
+    refuse,
+)
 from hf_prune.cli.output import Json, show, table
 
 if TYPE_CHECKING:
@@ -33,12 +44,7 @@ def train(
     context: typer.Context,
     task: Annotated[Literal["text", "image"], typer.Argument(help="Classify texts (or pairs of texts), or images.")],
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data", "-d", help="Name of a data set, CSV, TSV, JSON or parquet file, folder, or demo:movie_sentiment."
-        ),
-    ],
+    data: Data,
     output: Output,
     method: Method = None,
     config: ConfigFile = None,
@@ -47,13 +53,11 @@ def train(
     ] = None,
     metric: Annotated[str, typer.Option(help="accuracy, f1, or what evaluate.load finds.")] = "accuracy",
     average: Annotated[str | None, typer.Option(help="How f1 averages over classes: binary, macro, micro.")] = None,
-    input_column: Annotated[
-        list[str] | None, typer.Option(help="Column of the text or image; twice for a pair of texts.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
+    input_column: InputColumn = None,
+    label_column: LabelColumn = None,
+    subset: Subset = None,
     eval_data: Annotated[str | None, typer.Option(help="File of the validation rows.")] = None,
     test_data: Annotated[str | None, typer.Option(help="File of the test rows, scored once at the end.")] = None,
-    subset: Annotated[str | None, typer.Option(help="Configuration of the data set, such as sst2 of glue.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Name of the split of validation rows.")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Training rows to use, and a quarter of it to score.")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens of a text that are read.")] = 128,
@@ -160,7 +164,7 @@ def _prepare(task: str, model: str, source: Source, arguments: TrainingArguments
         prepared = chosen.prepare(path, labelled, reading)
     for note in labelled.notes:
         typer.echo(f"hf-prune: {note}.", err=True)
-    arguments.remove_unused_columns &= not chosen.reads_lazily
+    arguments.remove_unused_columns &= not chosen.lazy
     return prepared
 
 
