@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli import methods
+from hf_prune.cli import methods, push
 from hf_prune.cli.run import guarded
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ def _options(
 
 
 app.command("methods")(guarded(methods.methods))
+app.command("push")(guarded(push.push))
 
 
 def main() -> None:
