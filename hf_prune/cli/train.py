@@ -193,24 +193,20 @@ def _trainer(
 def _run(trainer: Trainer, test: Any, checkpoint: str | None) -> dict[str, Any]:
     """Train, score, save; the numbers to show."""
     from hf_prune.cli.stopping import StopOnInterrupt
+    from hf_prune.report.origin import scores
 
     stop, begin = StopOnInterrupt(), time.perf_counter()
     trainer.add_callback(stop)
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begin
-    scores = trainer.evaluate()
+    found = scores(trainer.evaluate(), "eval")
     if test is not None:
-        scores |= trainer.evaluate(test, metric_key_prefix="test")
-    kept = {
-        name: value for name, value in scores.items() if not name.endswith(("_runtime", "_second", "_time", "epoch"))
-    }
-    report = getattr(trainer, "report", None)
-    if report is not None:
-        report.metrics.update(kept)
+        found |= scores(trainer.evaluate(test, metric_key_prefix="test"), "test")
     trainer.save_model()
     trainer.save_state()
+    report = getattr(trainer, "report", None)
     about = {"method": report.method, "sparsity": report.sparsity} if report is not None else {}
     assert trainer.model is not None
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return {"output": trainer.args.output_dir, **about, "parameters": parameters, **kept, "seconds": seconds}
+    return {"output": trainer.args.output_dir, **about, "parameters": parameters, **found, "seconds": seconds}
