@@ -19,6 +19,7 @@ from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
 from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
 from hf_prune.report.origin import base_model
@@ -67,6 +68,8 @@ class Pruner:
         config: the method and its settings.
         example_inputs: inputs by name for one forward pass, or a function that gives them, needed by methods that look
             at the model's graph; the model's own `dummy_inputs` where omitted.
+        data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
+            by methods that measure their scores.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -78,6 +81,7 @@ class Pruner:
         config: PruneConfig,
         example_inputs: ExampleInputs = None,
         *,
+        data: Data | None = None,
         teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
@@ -90,12 +94,14 @@ class Pruner:
         self.distillation = distillation or (DistillConfig() if teacher is not None else None)
         self._teacher, self._tokenizer = teacher, tokenizer
         self.graph = LazyGraph(model, example_inputs)
+        self.calibration = Calibration(model, data)
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
         self.phase = Phase("train")
         self._step = -1
         self._progress = 0.0
+        self._share = 0.0
         self._fixed = False
         self._last_terms: dict[str, Tensor] = {}
 
@@ -121,6 +127,11 @@ class Pruner:
             teacher = load_teacher(self._teacher, self.model, self._tokenizer)
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
+        if recipe.measured_scores is not None and not self.calibration.given:
+            raise PruneError(
+                f"method {self.config.method!r} with these settings measures its scores on data: give "
+                "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
+            )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
@@ -186,11 +197,24 @@ class Pruner:
         self._fixed = self._fixed and step > self._step  # a run that starts again selects again
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
-            share = recipe.schedule(self._progress) if recipe.schedule else self._progress
-            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+            self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
             self.observe({"progress": self._progress, "sparsity": self.sparsity})
+
+    def _select(self, share: float) -> None:
+        """Set the plan at `share` of the way to the goal, from scores as they are now."""
+        recipe = self._attached
+        assert recipe.selection is not None
+        if recipe.measured_scores is None:
+            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+        elif share == 0.0:
+            self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share != self._share:
+            with evaluating(self.model):
+                scores = recipe.measured_scores(self.calibration)
+            self._set_plan(recipe.selection(scores, share))
+        self._share = share
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
@@ -327,6 +351,7 @@ class Pruner:
             "config": self.config.to_json(),
             "step": self._step,
             "progress": self._progress,
+            "share": self._share,
             "fixed": self._fixed,
             "controller": controller.state_dict() if controller is not None else {},
         }
@@ -342,7 +367,8 @@ class Pruner:
                 f"the checkpoint was written with another pruning config; it had\n{state['config']}\n"
                 "Resume with that one: PruneConfig.from_json reads it."
             )
-        self._step, self._progress, self._fixed = state["step"], state["progress"], state["fixed"]
+        self._step, self._progress = state["step"], state["progress"]
+        self._share, self._fixed = state["share"], state["fixed"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])

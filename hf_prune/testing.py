@@ -61,8 +61,9 @@ class Case:
 
     def pruner(self, model: PreTrainedModel) -> Pruner:
         """A pruner of `model`, not yet attached."""
-        example = {k: v for k, v in self.batches(model, 1)[0].items() if k != "labels"}
-        return Pruner(model, self.config, example_inputs=example)
+        data = self.batches(model, 2)
+        example = {k: v for k, v in data[0].items() if k != "labels"}
+        return Pruner(model, self.config, example_inputs=example, data=data)
 
 
 def tiny_cases(method: str) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class PruneTrainer(Trainer):
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
+            data=self._calibration_batches if self.train_dataset is not None else None,
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
@@ -290,6 +291,15 @@ class PruneTrainer(Trainer):
         with torch.random.fork_rng(devices=()):
             batch = self._prepare_inputs(next(iter(getattr(loader, "base_dataloader", loader))))
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """The training rows, shuffled the same way at every look; each process has its share of them.
+
+        The pruner puts torch's random state back.
+        """
+        torch.default_generator.manual_seed(self.args.seed)
+        loader = self.get_train_dataloader()
+        return map(self._prepare_inputs, getattr(loader, "base_dataloader", loader))
 
 
 def _listed(given: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ class Report:
     sparsity: float
     """Fraction of prunable weights removed."""
     layers: dict[str, dict[str, Any]]
-    """Weight or group name -> `units`, `kept`, `structure` (and `indices` of kept units where units were removed)."""
+    """Weight or group name -> `units`, `kept`, `structure`; a group's `role` and `indices` of kept units too."""
     parameters: dict[str, int]
     """`dense`: all of the model before; `prunable`: weights that could have gone; `kept`: those that stayed."""
     metrics: dict[str, Any] = field(default_factory=dict)

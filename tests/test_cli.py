@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from tiny_cli import cli
+from tiny_files import save_image_model, save_text_model
 
-from hf_prune import MovementConfig, methods
-from hf_prune.cli import app
+import hf_prune
+from hf_prune import MagnitudeConfig, MovementConfig, methods
+from hf_prune.checkpoint.load import load_pretrained
 from hf_prune.cli.fields import describe, parse
-
-
-class Done:
-    """A finished command."""
-
-    def __init__(self, words: tuple[Any, ...]) -> None:
-        done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-        self.code, self.out, self.err = done.exit_code, done.stdout, done.stderr
-
-    @property
-    def result(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-def cli(*words: Any) -> Done:
-    return Done(words)
+from hf_prune.graph import example_inputs
 
 
 def test_methods_lists_them_all() -> None:
@@ -53,6 +39,23 @@ def _options() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "--freeze-embeddings=false", {"freeze_embeddings": False}
 
 
-@pytest.mark.parametrize(("words", "values"), _options())
+@pytest.mark.parametrize(("words", "values"), list(_options()))
 def test_words_become_fields(words: str, values: dict[str, Any]) -> None:
-    assert parse(describe(MovementConfig), words.split()) == values
+    assert parse(describe(MovementConfig), words.split()) == (values, [])
+
+
+@pytest.mark.parametrize(("kind", "goal"), [("text", {"final_sparsity": 0.5}), ("image", {"target_flops": 0.5})])
+def test_prune_does_what_python_does(kind: str, goal: dict[str, float], tmp_path: Path) -> None:
+    path = {"text": save_text_model, "image": save_image_model}[kind](tmp_path / "model")
+    options = [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = cli(
+        "prune", "-m", path, "-o", tmp_path / "cli", "--method", "magnitude", "--score", "l2", *options, "--json"
+    )
+    model = load_pretrained(path).eval()
+    _, report = hf_prune.prune(model, MagnitudeConfig(score="l2", **goal), example_inputs(model))
+    hf_prune.save_pretrained(model, tmp_path / "python", report=report)
+    assert done.result["sparsity"] == report.sparsity
+    for name in ("model.safetensors", "config.json", "pruning.json"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes(), name
+    kept = {"text": "tokenizer.json", "image": "preprocessor_config.json"}[kind]
+    assert (tmp_path / "cli" / kept).exists()

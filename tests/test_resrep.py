@@ -98,12 +98,12 @@ def test_identity_when_new_and_exact_when_merged(name: str, dtype: torch.dtype, 
 
     generator = torch.Generator().manual_seed(3)
     for gate in pruner.recipe.gates:
-        keep = torch.rand(len(gate.compactor.keep), generator=generator) > 0.4
+        keep = torch.rand(len(gate.function.keep), generator=generator) > 0.4
         keep[0] = True
         gate.set_keep(keep)
-        gate.compactor.closed.fill_(True)
+        gate.function.closed.fill_(True)
         with torch.no_grad():
-            gate.compactor.weight += 0.1 * torch.randn(gate.compactor.weight.shape, generator=generator).to(dtype)
+            gate.function.weight += 0.1 * torch.randn(gate.function.weight.shape, generator=generator).to(dtype)
     plan = {group: keep.clone() for group, keep in pruner.plan.items()}
     mixed = _answer(model, inputs)
     scale = mixed.abs().max()
@@ -125,7 +125,7 @@ def test_half_precision_models_keep_their_compactors_in_float() -> None:
     plain = _answer(model, inputs)
     pruner = Pruner(model, SMALL, inputs)
     pruner.attach()
-    compactor = pruner.recipe.gates[0].compactor
+    compactor = pruner.recipe.gates[0].function
     assert compactor.weight.dtype == torch.float32 and torch.equal(_answer(model, inputs), plain)
     model(**inputs).logits.sum().backward()
     assert compactor.weight.grad.any()
@@ -143,8 +143,8 @@ def test_targets_of_a_resnet_are_the_inner_layers_of_its_blocks() -> None:
         assert sum(name.endswith("layer.0.convolution") for name in names) == 4
         assert all(writer.norm for gate in pruner.recipe.gates for writer in gate.writers)
     stream = next(gate for gate in pruner.recipe.gates if len(gate.writers) > 1)
-    shared = {pruner.model.get_submodule(writer.host).shared_compactor[0] for writer in stream.writers}
-    assert shared == {stream.compactor} and len(list(stream.compactor.parameters())) == 1
+    shared = {pruner.model.get_submodule(writer.host).shared_function[0] for writer in stream.writers}
+    assert shared == {stream.function} and len(list(stream.function.parameters())) == 1
 
 
 def test_widths_that_would_leave_a_trace_are_no_targets() -> None:
@@ -163,7 +163,7 @@ def test_widths_that_would_leave_a_trace_are_no_targets() -> None:
 
     assert compactors(net(nn.ReLU(), padding=1)) == 1
     assert compactors(net(nn.Sigmoid(), padding=0)) == 1
-    with pytest.raises(PruneError, match="can carry a compactor"):
+    with pytest.raises(PruneError, match="can carry a gate"):
         compactors(net(nn.Sigmoid(), padding=1))
 
 
@@ -177,7 +177,7 @@ def test_merged_norms_train_on_from_where_they_are() -> None:
     pruner = Pruner(model, ResRepConfig(target_params=0.5, include=("0",)), (images[:2],))
     pruner.attach()
     pruner.recipe.gates[0].set_keep(torch.arange(16) % 2 == 0)
-    pruner.recipe.gates[0].compactor.closed.fill_(True)
+    pruner.recipe.gates[0].function.closed.fill_(True)
     pruner.finalize()
     with torch.no_grad():
         evaluated, trained = model.eval()(images), model.train()(images)
@@ -211,14 +211,14 @@ def test_accumulation_and_the_other_parameters(parts: int) -> None:
     pruner.attach()
     optimizer = pruner.wrap(torch.optim.SGD(model.parameters(), lr=0.0))
     gate = pruner.recipe.gates[0]
-    gate.compactor.keep[:4] = False
+    gate.function.keep[:4] = False
     for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
         (model(pixel_values=x, labels=y).loss / parts).backward()
-    task = gate.compactor.weight.grad.clone()
+    task = gate.function.weight.grad.clone()
     optimizer.step()
     task[:4] = 0.0
     wanted = torch.eye(8) - 0.1 * (task + 0.5 * torch.eye(8))
-    assert torch.allclose(gate.compactor.weight, wanted, atol=1e-7)
+    assert torch.allclose(gate.function.weight, wanted, atol=1e-7)
     for name, parameter in plain.named_parameters():
         own = model.get_parameter(name).grad
         assert torch.allclose(own, parameter.grad, atol=1e-6) and (parts > 1 or torch.equal(own, parameter.grad))
@@ -270,7 +270,7 @@ def _move(pruner: Pruner, first: int, last: int, total: int) -> None:
 
 
 def _forgotten(pruner: Pruner) -> int:
-    return sum(int((~gate.compactor.keep).sum()) for gate in pruner.recipe.gates)
+    return sum(int((~gate.function.keep).sum()) for gate in pruner.recipe.gates)
 
 
 def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
@@ -283,7 +283,7 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
         dropped.append(_forgotten(pruner))
     assert dropped[:5] == [0, 0, 2, 4, 6], "none up to begin, then two more at each refresh"
     assert dropped[-2] == dropped[-1], "no more once the goal is met"
-    compactor = next(gate.compactor for gate in pruner.recipe.gates if not gate.compactor.keep.all())
+    compactor = next(gate.function for gate in pruner.recipe.gates if not gate.function.keep.all())
     row = int((~compactor.keep).nonzero()[0])
     with torch.no_grad():
         compactor.weight[row] *= 100
@@ -297,7 +297,7 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
 def test_channels_at_their_floor_take_nothing_from_the_quota() -> None:
     config = ResRepConfig(target_params=0.7, begin=0.0, mask_interval_steps=1, begin_granularity=3, min_keep=0.5)
     pruner = _attached(config)
-    first, second = (gate.compactor for gate in pruner.recipe.gates)
+    first, second = (gate.function for gate in pruner.recipe.gates)
     with torch.no_grad():
         first.weight *= 0.01  # all of its rows rank below all of the other's
     for step in (1, 2, 3):
@@ -326,7 +326,7 @@ def test_forgotten_rows_are_cut_without_a_warning() -> None:
     pruner = _attached(ResRepConfig(target_params=0.7))
     with torch.no_grad():
         for gate in pruner.recipe.gates:
-            gate.compactor.weight[2:] *= 1e-6
+            gate.function.weight[2:] *= 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner.step(10, 10)
@@ -334,7 +334,7 @@ def test_forgotten_rows_are_cut_without_a_warning() -> None:
 
 def test_a_copy_taken_before_the_cut_has_all_channels_and_no_compactor() -> None:
     pruner = _attached(ResRepConfig(target_params=0.8))
-    compactor, model = pruner.recipe.gates[0].compactor, _scramble(pruner.model)
+    compactor, model = pruner.recipe.gates[0].function, _scramble(pruner.model)
     with torch.no_grad():
         compactor.weight += 0.1 * torch.randn(8, 8)
     compactor.keep[:3] = False

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli import methods, push
+from hf_prune.cli import inspect, methods, prune, push, report, train
+from hf_prune.cli.options import OWN_OPTIONS
 from hf_prune.cli.run import guarded
 
 app = typer.Typer(
@@ -38,6 +39,10 @@ def _options(
         raise typer.Exit
 
 
+app.command("train", context_settings=OWN_OPTIONS)(guarded(train.train))
+app.command("prune", context_settings=OWN_OPTIONS)(guarded(prune.prune))
+app.command("inspect")(guarded(inspect.inspect))
+app.command("report")(guarded(report.report))
 app.command("methods")(guarded(methods.methods))
 app.command("push")(guarded(push.push))
 

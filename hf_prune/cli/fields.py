@@ -16,8 +16,6 @@ from typing import Any
 
 import typer
 
-from hf_prune.config import closest
-
 
 @dataclass(frozen=True)
 class Field:
@@ -27,11 +25,12 @@ class Field:
     type: Any
     default: Any
     help: str
+    prefix: str = ""
 
     @property
     def option(self) -> str:
         """`final_sparsity` -> `--final-sparsity`."""
-        return "--" + self.name.replace("_", "-")
+        return f"--{self.prefix}{self.name.replace('_', '-')}"
 
     @property
     def form(self) -> str:
@@ -57,11 +56,14 @@ class Field:
         return {"name": self.name, "option": self.form, "default": self.default, "help": self.help}
 
 
-def describe(config: type) -> list[Field]:
-    """The fields of a config class in order; the comment of a parent class where a field has none of its own."""
+def describe(config: type, prefix: str = "") -> list[Field]:
+    """The fields of a config class in order; the comment of a parent class where a field has none of its own.
+
+    prefix: before the name in the option, such as "distill-".
+    """
     hints, comments = typing.get_type_hints(config), _comments(config)
     return [
-        Field(each.name, _without_none(hints[each.name]), _default(each), comments.get(each.name, ""))
+        Field(each.name, _without_none(hints[each.name]), _default(each), comments.get(each.name, ""), prefix)
         for each in dataclasses.fields(config)
     ]
 
@@ -71,23 +73,23 @@ def option_rows(fields: Iterable[Field]) -> list[tuple[str, str, str]]:
     return [(field.form, _shown(field.default), field.help) for field in fields]
 
 
-def parse(fields: Sequence[Field], words: Sequence[str], others: Iterable[str] = ()) -> dict[str, Any]:
-    """The values that command-line words such as `--final-sparsity 0.9` give to `fields`.
-
-    others: options that the command has beside these, named where a word is close to one.
+def parse(fields: Sequence[Field], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values that command-line words such as `--final-sparsity 0.9` give to `fields`, and the words left over.
 
     Raises:
-        typer.BadParameter: an unknown option, or a value of another type.
+        typer.BadParameter: a value of another type.
     """
     by_option: dict[str, tuple[Field, bool]] = {field.option: (field, True) for field in fields}
-    by_option |= {f"--no-{field.name.replace('_', '-')}": (field, False) for field in fields if field.type is bool}
+    by_option |= {"--no-" + field.option[2:]: (field, False) for field in fields if field.type is bool}
     values: dict[str, Any] = {}
-    rest = list(words)
+    rest, unknown = list(words), []
     while rest:
-        word, joined, value = rest.pop(0).partition("=")
-        if word not in by_option:
-            raise typer.BadParameter(f"no such option: {word}{closest(word, [*by_option, *others])}")
-        field, given = by_option[word]
+        word = rest.pop(0)
+        option, joined, value = word.partition("=")
+        if option not in by_option:
+            unknown.append(word)
+            continue
+        field, given = by_option[option]
         if joined:
             rest.insert(0, value)
         if field.type is bool:
@@ -98,7 +100,7 @@ def parse(fields: Sequence[Field], words: Sequence[str], others: Iterable[str] =
             values[field.name] = tuple(_take(field, rest, typing.get_args(field.type)))
         else:
             (values[field.name],) = _take(field, rest, [field.type])
-    return values
+    return values, unknown
 
 
 def _take(field: Field, rest: list[str], kinds: Sequence[Any]) -> list[Any]:

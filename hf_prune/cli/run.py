@@ -27,6 +27,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with results_apart():
                 return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
         except KeyboardInterrupt as stop:
             fail(str(stop) or "stopped.", INTERRUPTED)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

@@ -214,28 +214,14 @@ def load_teacher(teacher: nn.Module | str | Path, student: nn.Module, tokenizer:
     elif str(teacher) == "self":
         model = copy.deepcopy(student)
     else:
-        model = _from_pretrained(str(teacher))
+        from hf_prune.checkpoint.load import load_pretrained
+
+        model = load_pretrained(str(teacher), role="teacher")
     if model is student:
         raise PruneError("the teacher is the student itself; pass teacher='self' for a copy of it before pruning.")
     _check_labels(model, student)
     _check_vocabulary(model, student, None if isinstance(teacher, nn.Module) else str(teacher), tokenizer)
     return model
-
-
-def _from_pretrained(name: str) -> nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise PruneError(f"no teacher can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    architectures = config.architectures or []
-    if not architectures or not hasattr(transformers, architectures[0]):
-        raise PruneError(
-            f"the config of teacher {name!r} names no model class of transformers (architectures={architectures}); "
-            "load it yourself and pass the model."
-        )
-    return getattr(transformers, architectures[0]).from_pretrained(name)
 
 
 def _check_labels(teacher: nn.Module, student: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_prune.parts.gates import Gate
 from hf_prune.parts.selection import Selection
+from hf_prune.parts.statistics import Calibration
 from hf_prune.types import Phase, Schedule, Structure
 
 
@@ -37,6 +38,9 @@ class Recipe:
     structures: Sequence[Structure] = ()
     scores: Callable[[], Mapping[str, Tensor]] | None = None
     """Structure name -> `(units,)`, higher stays."""
+    measured_scores: Callable[[Calibration], Mapping[str, Tensor]] | None = None
+    """In place of `scores` where these need data: asked, in evaluation mode, each time the schedule has risen, and the
+    plan stays in between. So a schedule in steps (`schedules.staircase`) says how often the data is read."""
     selection: Selection | None = None
     schedule: Schedule | None = None
     """Progress -> share of the way to the goal, handed to `selection`."""

@@ -46,7 +46,9 @@ def make_report(
 
 def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
     layer = {"structure": type(structure).__name__, "units": structure.units, "kept": int(keep.sum())}
-    return {**layer, "indices": keep.nonzero()[:, 0].tolist()} if isinstance(structure, GroupUnits) else layer
+    if not isinstance(structure, GroupUnits):
+        return layer
+    return {**layer, "role": structure.group.role, "indices": keep.nonzero()[:, 0].tolist()}
 
 
 def _count(structures: Sequence[Structure], plan: Plan) -> _Weights:
