@@ -142,11 +142,13 @@ def test_a_card_of_ones_own_is_kept(hub: HubServer, tmp_path: Path) -> None:
 
 def test_pickles_logs_and_checkpoints_stay_here(hub: HubServer, tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
-    for name in ("training_args.bin", "checkpoint-5/model.safetensors", "runs/events", ".secret", "optimizer.pt"):
+    left_out = ("training_args.bin", "checkpoint-5/model.safetensors", "runs/events", ".secret", "optimizer.pt")
+    templates = "additional_chat_templates/tools.jinja"
+    for name in (*left_out, templates):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     push_folder(folder, REPO)
-    assert hub.files(REPO).keys() == {"config.json", "model.safetensors", "pruning.json", "README.md"}
+    assert hub.files(REPO).keys() == {"config.json", "model.safetensors", "pruning.json", "README.md", templates}
 
 
 # What can go wrong
@@ -347,8 +349,8 @@ def rows(count: int = 16) -> Dataset:
 
 def trainer(folder: Path, **settings: Any) -> PruneTrainer:
     arguments = TrainingArguments(
-        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4, save_strategy="no",
-        per_device_train_batch_size=8, hub_strategy="end", hub_model_id=REPO, **settings,
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4, logging_steps=1,
+        save_strategy="no", per_device_train_batch_size=8, hub_strategy="end", hub_model_id=REPO, **settings,
     )  # fmt: skip
     return PruneTrainer(
         model=tiny_text_model(), args=arguments, train_dataset=rows(), eval_dataset=rows(8),
@@ -363,8 +365,11 @@ def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
     run.train()
     arrived = hub.files(REPO)
     card = arrived.pop("README.md").decode()
-    here = files_in(tmp_path / "out")
-    assert arrived == {name: data for name, data in here.items() if name != "training_args.bin"}
+    here, plots = files_in(tmp_path / "out"), {name for name in arrived if name.startswith("plots/")}
+    assert {name: arrived[name] for name in arrived.keys() - plots} == {
+        name: data for name, data in here.items() if name not in ("training_args.bin", "trainer_state.json")
+    }
+    assert {"plots/sparsity.png", "plots/curves.png"} <= plots and all(f"]({plot})" in card for plot in plots)
     assert {"config.json", "model.safetensors", "pruning.json", "tokenizer.json"} <= arrived.keys()
     assert "model-index" not in card and len(commits(hub)) == 1
 
