@@ -19,6 +19,7 @@ from hf_prune.optimizer import PruneOptimizer
 from hf_prune.parts.distillation import DistillConfig
 from hf_prune.pruner import Pruner
 from hf_prune.report.origin import describe_dataset, describe_training, scores
+from hf_prune.report.reading import STATE_FILE
 from hf_prune.types import PruneError, Report
 
 if TYPE_CHECKING:
@@ -187,11 +188,13 @@ class PruneTrainer(Trainer):
         model, report = self.pruner.baked() if self.pruner.attached else (self.model, self.report)
         save_pretrained(model, folder, report=report, processing_class=self.processing_class)
         torch.save(self.args, Path(folder) / "training_args.bin")
+        self.state.save_to_json(str(Path(folder) / STATE_FILE))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository of this run on the Hub, from process zero; one clear error where that cannot be."""
         from hf_prune.checkpoint.hub import create_repo
 
+        _check_hub_strategy(self.args)
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             private = self.args.hub_private_repo if private is None else private
@@ -338,6 +341,9 @@ def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
             f"{args.n_gpu} GPUs in one process train on copies of the model, which masks do not follow; "
             "start one process for each GPU with `accelerate launch`, or show this one a single GPU."
         )
+
+
+def _check_hub_strategy(args: TrainingArguments) -> None:
     if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
         raise PruneError(
             f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "

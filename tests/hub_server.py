@@ -106,6 +106,8 @@ class HubServer:
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        # Another host, as on the real Hub, so that clients treat it as a stranger to whom no token is sent.
+        self.cdn = self.url.replace("127.0.0.1", "localhost")
 
     def __enter__(self) -> HubServer:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -440,11 +442,13 @@ def _resolve(ask: _Handler, at: dict[str, str]) -> None:
     if not file.large:
         return ask.reply(file.data, headers=head | {"ETag": f'"{file.oid}"'})
     linked = {"X-Linked-ETag": f'"{file.oid}"', "X-Linked-Size": str(len(file.data))}
-    ask.reply(b"", 302, head | linked | {"Location": f"{ask.hub.url}/cdn/{file.oid}"})
+    ask.reply(b"", 302, head | linked | {"Location": f"{ask.hub.cdn}/cdn/{file.oid}"})
 
 
 @route("GET", "/cdn/{rev}")
 def _cdn(ask: _Handler, at: dict[str, str]) -> None:
+    if ask.user is not None:
+        raise Refusal(400, "only one authentication mechanism is allowed: the token does not belong here")
     data = ask.hub.large[at["rev"]]
     begin = int(re.findall(r"bytes=(\d+)-", ask.headers.get("Range", "bytes=0-"))[0])
     partial = {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}

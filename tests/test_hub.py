@@ -21,11 +21,13 @@ from huggingface_hub import HfApi, ModelCard, constants
 from narrow_models import logits, narrow_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments, ViTImageProcessorPil
+from typer.testing import CliRunner
 
 import hf_prune
 from hf_prune import MagnitudeConfig, MovementConfig, PruneError, PruneTrainer
 from hf_prune.checkpoint import push_folder
 from hf_prune.checkpoint.encodings import ENCODINGS
+from hf_prune.cli import app
 from hf_prune.methods import magnitude
 from hf_prune.report.card import GENERATED, About, write_card
 from hf_prune.testing import tiny_text_model
@@ -46,7 +48,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(time, "sleep", lambda _: None)
         yield server
 
@@ -140,11 +142,13 @@ def test_a_card_of_ones_own_is_kept(hub: HubServer, tmp_path: Path) -> None:
 
 def test_pickles_logs_and_checkpoints_stay_here(hub: HubServer, tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
-    for name in ("training_args.bin", "checkpoint-5/model.safetensors", "runs/events", ".secret", "optimizer.pt"):
+    left_out = ("training_args.bin", "checkpoint-5/model.safetensors", "runs/events", ".secret", "optimizer.pt")
+    templates = "additional_chat_templates/tools.jinja"
+    for name in (*left_out, templates):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     push_folder(folder, REPO)
-    assert hub.files(REPO).keys() == {"config.json", "model.safetensors", "pruning.json", "README.md"}
+    assert hub.files(REPO).keys() == {"config.json", "model.safetensors", "pruning.json", "README.md", templates}
 
 
 # What can go wrong
@@ -210,7 +214,7 @@ def test_commit_of_someone_else_meanwhile_is_not_overwritten(hub: HubServer, tmp
         return answer(method, path)
 
     hub.fault_for = intrude  # type: ignore[method-assign]
-    with pytest.raises(PruneError, match="412 .*someone else changed it meanwhile"):
+    with pytest.raises(PruneError, match=r"412 .*someone else changed it meanwhile"):
         push_folder(saved(tmp_path / "b", "resnet"), REPO)
     assert commits(hub)[-1] == "theirs"
 
@@ -264,3 +268,161 @@ def test_damaged_folders_are_not_pushed(hub: HubServer, tmp_path: Path) -> None:
             push_folder(folder, REPO)
         (folder / name).write_bytes(good)
     assert hub.requests == []
+
+
+# From another process, by Hub id
+
+
+def run_python(code: str, hub: HubServer, cwd: Path) -> str:
+    """Standard output of a fresh process that knows nothing but the address of the Hub."""
+    env = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(cwd / "home"),
+        "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(Path(hf_prune.__file__).parent.parent),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_fresh_process_loads_by_id_and_revision(hub: HubServer, tmp_path: Path) -> None:
+    """Text from a branch and image from main: bit-identical logits, in a pipeline too, and as a teacher."""
+    (text, tokens), (image, pixels) = narrow_model("bert"), narrow_model("resnet")
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    hf_prune.push_to_hub(text, REPO, report=REPORT, revision="v2", processing_class=tokenizer())
+    hf_prune.push_to_hub(image, "someone/image", report=REPORT, processing_class=processor)
+    torch.save([tokens, pixels, logits(text, tokens), logits(image, pixels)], tmp_path / "expected.pt")
+    code = """
+import torch, hf_prune
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
+from PIL import Image
+from hf_prune.parts.distillation import load_teacher
+tokens, pixels, text_logits, image_logits = torch.load("expected.pt")
+text = AutoModelForSequenceClassification.from_pretrained("someone/pruned", revision="v2")
+image = AutoModelForImageClassification.from_pretrained("someone/image")
+teacher = load_teacher("someone/image", image)
+with torch.no_grad():
+    assert torch.equal(text(**tokens).logits, text_logits)
+    assert torch.equal(image(**pixels).logits, image_logits)
+    assert torch.equal(teacher(**pixels).logits, image_logits) and teacher is not image
+    read = pipeline("text-classification", model="someone/pruned", revision="v2", top_k=None)
+    ids = read.tokenizer("good film", return_tensors="pt")
+    expected = text(**ids).logits.softmax(-1)[0].sort(descending=True).values
+    assert torch.allclose(torch.tensor([each["score"] for each in read(["good film"])[0]]), expected)
+seen = pipeline("image-classification", model="someone/image")(Image.new("RGB", (40, 40), (200, 30, 90)))
+print("loaded", len(seen))
+"""
+    assert run_python(code, hub, tmp_path) == "loaded 2\n"
+    assert hub.asked("GET", "/cdn/") >= 2
+
+
+def test_without_hf_prune_it_fails_loudly_or_loads_standalone(hub: HubServer, tmp_path: Path) -> None:
+    model, tokens = narrow_model("bert")
+    hf_prune.push_to_hub(model, "narrow", report=REPORT, encode="none")
+    for kind in ENCODINGS:
+        hf_prune.push_to_hub(model, kind, report=REPORT, encode=kind)
+    hf_prune.push_to_hub(model, "standalone", report=REPORT, standalone=True)
+    torch.save([tokens, logits(model, tokens)], tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+for name in {["narrow", *ENCODINGS, "standalone"]}:
+    try:
+        Auto.from_pretrained("someone/" + name)
+    except RuntimeError as error:
+        print(name, "mismatched" in str(error))
+tokens, expected = torch.load("expected.pt")
+model = Auto.from_pretrained("someone/standalone", trust_remote_code=True)
+assert torch.equal(model(**tokens).logits, expected)
+assert "hf_prune" not in sys.modules
+"""
+    out = run_python(code, hub, tmp_path).splitlines()
+    assert out == [f"{name} True" for name in ["narrow", *ENCODINGS, "standalone"]]
+
+
+# From the trainer and the command line
+
+
+def rows(count: int = 16) -> Dataset:
+    ids = torch.randint(0, 40, (count, 6), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3})
+
+
+def trainer(folder: Path, **settings: Any) -> PruneTrainer:
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4, logging_steps=1,
+        save_strategy="no", per_device_train_batch_size=8, hub_strategy="end", hub_model_id=REPO, **settings,
+    )  # fmt: skip
+    return PruneTrainer(
+        model=tiny_text_model(), args=arguments, train_dataset=rows(), eval_dataset=rows(8),
+        pruning=MovementConfig(final_sparsity=0.5), compute_metrics=lambda _: {"accuracy": 0.75},
+        processing_class=tokenizer(),
+    )  # fmt: skip
+
+
+def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "out", push_to_hub=True)
+    assert REPO in hub.repos and commits(hub) == []
+    run.train()
+    arrived = hub.files(REPO)
+    card = arrived.pop("README.md").decode()
+    here, plots = files_in(tmp_path / "out"), {name for name in arrived if name.startswith("plots/")}
+    assert {name: arrived[name] for name in arrived.keys() - plots} == {
+        name: data for name, data in here.items() if name not in ("training_args.bin", "trainer_state.json")
+    }
+    assert {"plots/sparsity.png", "plots/curves.png"} <= plots and all(f"]({plot})" in card for plot in plots)
+    assert {"config.json", "model.safetensors", "pruning.json", "tokenizer.json"} <= arrived.keys()
+    assert "model-index" not in card and len(commits(hub)) == 1
+
+    run.evaluate()
+    run.push_to_hub(commit_message="With scores", dataset_tags="someone/rows", language="en", tags=["mine"])
+    card = hub.files(REPO)["README.md"].decode()
+    data = ModelCard(card).data
+    assert commits(hub) == ["Model save", "With scores"] and not metadata_errors(card)
+    assert {result.metric_type: result.metric_value for result in data.eval_results}["accuracy"] == 0.75
+    assert data.datasets == ["someone/rows"] and data.language == ["en"] and "mine" in data.tags
+
+
+def test_push_in_the_background(hub: HubServer, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "out")
+    run.train()
+    assert hub.requests == []
+    future = run.push_to_hub(blocking=False)
+    assert future.result(timeout=60).oid == hub.repos[REPO].branches["main"][-1].oid
+
+
+def test_failing_push_leaves_the_trained_model_here(hub: HubServer, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "out", push_to_hub=True)
+    hub.fail("POST", "/commit/", status=500)
+    with pytest.raises(PruneError, match=rf"The model is safe in '.*out'; `hf-prune push .*out {REPO}` pushes it"):
+        run.train()
+    assert (tmp_path / "out/pruning.json").is_file() and run.report is not None and commits(hub) == []
+
+
+def test_nothing_is_pushed_before_the_end(hub: HubServer, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "out", push_to_hub=True)
+    for call in (run.push_to_hub, run.create_model_card):
+        with pytest.raises(PruneError, match=r"not finished.*after train"):
+            call()
+    run.save_model(str(tmp_path / "middle"))
+    assert (tmp_path / "middle/pruning.json").is_file() and commits(hub) == []
+
+
+def test_missing_token_is_said_before_training(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PruneError, match="without a Hugging Face token"):
+        trainer(tmp_path / "out", push_to_hub=True)
+
+
+def test_command_line(hub: HubServer, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved")
+    words = ["push", str(folder), "pruned", "--revision", "v2", "--base-model", "someone/dense", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and json.loads(done.stdout)["commit"] == hub.repos[REPO].branches["v2"][-1].oid
+    assert ModelCard(hub.files(REPO, "v2")["README.md"].decode()).data.base_model == "someone/dense"
+    hub.fail("POST", "/create", status=401)
+    done = CliRunner().invoke(app, ["push", str(folder), "pruned"])
+    assert done.exit_code == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "run `hf auth login` again" in done.stderr
+    done = CliRunner().invoke(app, ["push", str(tmp_path / "nothing"), "pruned"])
+    assert done.exit_code == 1 and "must hold config.json" in done.stderr

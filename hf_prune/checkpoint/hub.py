@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
 
 MESSAGE = "Push a pruned model"
 
-_LEFT_OUT = (".*", "_*", "checkpoint-*", "runs", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "trainer_state.json")
-"""Names in a folder that are not pushed: hidden files, runs in progress, logs, and pickles, which can hold anything
-(a Trainer's `training_args.bin` holds its token)."""
+_LEFT_OUT = (".*", "_*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "trainer_state.json")
+"""Files that are not pushed: hidden ones, logs, and pickles, which can hold anything (a Trainer's `training_args.bin`
+holds its token). Of subfolders only `_SUBFOLDER` is pushed: the others are a run's checkpoints, logs and copies."""
+
+_SUBFOLDER = "additional_chat_templates"
+
+_PLOTS = "plots"
 
 
 def push_to_hub(
@@ -100,7 +105,7 @@ def push_folder(
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(name, source) for name, source in content.items()]
-            + [CommitOperationDelete(name) for name in sorted(stale) if is_ours(name)],
+            + [CommitOperationDelete(name) for name in sorted(stale) if is_ours(name) or name.startswith(f"{_PLOTS}/")],
             commit_message=commit_message,
             revision=revision,
             parent_commit=last.sha,
@@ -124,11 +129,11 @@ def _api(token: str | None) -> HfApi:
 
 def _files_to_push(folder: Path) -> dict[str, Path]:
     """Path in the repository -> file. Raises `CheckpointError` where config and weights do not belong together."""
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for where in (folder, folder / _SUBFOLDER) for path in sorted(where.glob("*")) if path.is_file()]
     files = {
-        name.as_posix(): path
-        for name, path in paths.items()
-        if not any(fnmatch(part, pattern) for part in name.parts for pattern in _LEFT_OUT)
+        path.relative_to(folder).as_posix(): path
+        for path in paths
+        if not any(fnmatch(path.name, pattern) for pattern in _LEFT_OUT)
     }
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]
     if "config.json" not in files or not weights:
@@ -142,13 +147,24 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
 
 
 def _generated(folder: Path, repo_id: str, about: About | None) -> dict[str, bytes]:
-    """Path in the repository -> content of what is made for the push: the card."""
+    """Path in the repository -> content of what is made for the push: plots, and the card that shows them."""
     from hf_prune.report.card import CARD_FILE, GENERATED, About, make_card
 
     own = folder / CARD_FILE
     if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
         return {}
-    return {CARD_FILE: str(make_card(folder, replace(about or About(), name=repo_id))).encode()}
+    plots = _plots(folder) if find_spec("matplotlib") else {}
+    about = replace(about or About(), name=repo_id, plots=tuple(plots))
+    return plots | {CARD_FILE: str(make_card(folder, about)).encode()}
+
+
+def _plots(folder: Path) -> dict[str, bytes]:
+    from hf_prune.report.plots import draw
+    from hf_prune.report.reading import read_history, read_report
+
+    with tempfile.TemporaryDirectory() as work:
+        drawn = draw(read_report(folder), work, read_history(folder))
+        return {f"{_PLOTS}/{path.name}": path.read_bytes() for path in drawn}
 
 
 def _require_connection(repo_id: str, token: str | None) -> None:

@@ -18,11 +18,11 @@ def report(
 ) -> None:
     """Draw what a run pruned (sparsity of each layer, widths, heads) and how it trained; write it as JSON too."""
     from hf_prune.report.plots import draw
-    from hf_prune.report.reading import read_report
+    from hf_prune.report.reading import read_history, read_report
     from hf_prune.report.tables import layers_table
 
     read, folder = read_report(run), output or run / "report"
-    history = _history(run)
+    history = read_history(run)
     plots = draw(read, folder, history)
     rows = layers_table(read)
     result: dict[str, Any] = {
@@ -40,17 +40,3 @@ def report(
     title = f"{read.method}: {read.sparsity:.1%} of the prunable weights removed"
     written = "\n".join(["Written:", *result["plots"], str(folder / "report.json")])
     show(result, table(("layer", "units", "kept", "removed"), cells, title), written, as_json=as_json)
-
-
-def _history(run: Path) -> list[dict[str, Any]]:
-    """The log of the run's last trainer state; empty where nothing was trained."""
-    from hf_prune.cli.options import read_json
-
-    states = [run / "trainer_state.json", *sorted(run.glob("checkpoint-*/trainer_state.json"), key=_step)]
-    found = next((path for path in states if path.is_file()), None)
-    return read_json(found, "report").get("log_history", []) if found is not None else []
-
-
-def _step(path: Path) -> int:
-    """Minus the step of a checkpoint, so that the last one comes first."""
-    return -int(path.parent.name.rpartition("-")[2])

@@ -249,13 +249,12 @@ def _details(report: Report) -> str:
         _row(f"`{name}`", layer.get("structure", ""), layer.get("units", ""), layer.get("kept", ""))
         for name, layer in report.layers.items()
     ]
-    frozen = Counter(report.frozen.values()).most_common()
+    reasons = Counter(report.frozen.values()).most_common()
+    frozen = [f"- {_cell(why)}: {count} dimensions" for why, count in reasons]
     parts = [
         f"## Pruning\n\n```json\n{settings}\n```",
         _folded("What each layer kept", [*_head("layer", "structure", "units", "kept"), *layers]) if layers else "",
-        _folded("What had to keep its size", [f"- {_cell(why)}: {n} dimensions" for why, n in frozen])
-        if frozen
-        else "",
+        _folded("What had to keep its size", frozen) if frozen else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

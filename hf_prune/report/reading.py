@@ -1,4 +1,4 @@
-"""`pruning.json` back into a `Report`: data from strangers, so names and types are checked."""
+"""`pruning.json` back into a `Report`, and a run's log: data from strangers, so names and types are checked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, get_origin, get_type_hints
 
 from hf_prune.graph.table import require_known
 from hf_prune.types import PRUNING_FILE, CheckpointError, Paper, PruneError, Report
+
+STATE_FILE = "trainer_state.json"
 
 _PRICES = ("multiply_adds", "parameters", "bytes")
 _KINDS: dict[Any, tuple[type, ...]] = {dict: (dict,), str: (str,), float: (float, int)}
@@ -24,20 +26,41 @@ def read_report(folder: str | Path) -> Report:
         CheckpointError: it is not what we write.
     """
     path = Path(folder) / PRUNING_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.is_file():
         raise PruneError(
             f"{str(folder)!r} has no {PRUNING_FILE}, which says what was pruned; "
             "write it with hf_prune.save_pretrained(model, folder, report=report)."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        )
+    return parse_report(_json(path))
+
+
+def _json(path: Path) -> Any:
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); save the model again.") from error
-    return parse_report(raw)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); save the model again.") from error
+
+
+def read_history(folder: str | Path) -> list[dict[str, Any]]:
+    """The log of the run's last trainer state, one entry a log; empty where nothing was trained.
+
+    Raises:
+        CheckpointError: the state is damaged.
+    """
+    folder = Path(folder)
+    states = [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=_last_first)]
+    path = next((each for each in states if each.is_file()), None)
+    if path is None:
+        return []
+    state = _json(path)
+    history = state.get("log_history", []) if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise CheckpointError(f"{path} has no log_history, a list of objects.")
+    return history
+
+
+def _last_first(path: Path) -> int:
+    return -int(path.parent.name.rpartition("-")[2])
 
 
 def parse_report(raw: Any) -> Report:
