@@ -46,7 +46,7 @@ def scores(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def describe_training(trainer: Trainer, distillation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Hyperparameters, optimizer steps, epochs and seconds of a finished run, and how it was distilled, in plain JSON types."""
+    """Hyperparameters, steps, epochs and seconds of a finished run, and how it was distilled; plain JSON types."""
     from transformers.modelcard import extract_hyperparameters_from_trainer
     from transformers.training_args import OptimizerNames
 
