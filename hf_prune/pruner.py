@@ -70,6 +70,7 @@ class Pruner:
             at the model's graph; the model's own `dummy_inputs` where omitted.
         data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
             by methods that measure their scores.
+        evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -82,6 +83,7 @@ class Pruner:
         example_inputs: ExampleInputs = None,
         *,
         data: Data | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
@@ -95,6 +97,9 @@ class Pruner:
         self._teacher, self._tokenizer = teacher, tokenizer
         self.graph = LazyGraph(model, example_inputs)
         self.calibration = Calibration(model, data)
+        self._evaluate = evaluate
+        self._optimizer: PruneOptimizer | None = None
+        self._snapshot: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
@@ -132,6 +137,11 @@ class Pruner:
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
                 "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
             )
+        if recipe.review is not None and self._evaluate is None:
+            raise PruneError(
+                f"method {self.config.method!r} looks at a metric while it prunes: give PruneTrainer one eval_dataset, "
+                "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
+            )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
@@ -162,7 +172,8 @@ class Pruner:
             lr_scale=(lambda: self.phase.lr_scale) if controlled else None,
         )
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        self._optimizer = PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        return self._optimizer
 
     def _gate_parameters(self) -> dict[str, list[nn.Parameter]]:
         kinds: dict[str, list[nn.Parameter]] = {}
@@ -200,7 +211,12 @@ class Pruner:
             self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
+        if recipe.review is not None:
+            recipe.review(self)
+            if recipe.controller is not None:
+                self.phase = recipe.controller.phase(step)
 
     def _select(self, share: float) -> None:
         """Set the plan at `share` of the way to the goal, from scores as they are now."""
@@ -222,6 +238,32 @@ class Pruner:
         if controller is not None:
             controller.observe(metrics)
             self.phase = controller.phase(max(self._step, 0))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data; modes and random state come back as they were."""
+        assert self._evaluate is not None  # `attach` refuses methods that review a run without
+        with evaluating(self.model):
+            return dict(self._evaluate(self.model))
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer as they are now, in main memory and in `state_dict`, in place of the last one."""
+        self._snapshot = {
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
+            "moments": self._optimizer.moments() if self._optimizer is not None else [],
+        }
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
+
+        Raises:
+            PruneError: no snapshot was taken.
+        """
+        if self._snapshot is None:
+            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+        self.model.load_state_dict(self._snapshot["model"])
+        if self._optimizer is not None and self._snapshot["moments"]:
+            self._optimizer.set_moments(self._snapshot["moments"])
 
     def _set_plan(self, plan: Plan) -> None:
         for gate in self._attached.gates:
@@ -313,6 +355,7 @@ class Pruner:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.recipe, self.distiller, self._last_terms = None, None, {}
+        self._optimizer, self._snapshot = None, None
         self.report = report
         return report
 
@@ -328,7 +371,12 @@ class Pruner:
         groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
-        report = replace(report, prices=self._prices(groups), base_model=base_model(model))
+        report = replace(
+            report,
+            run=recipe.record() if recipe.record is not None else {},
+            prices=self._prices(groups),
+            base_model=base_model(model),
+        )
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
@@ -354,6 +402,7 @@ class Pruner:
             "share": self._share,
             "fixed": self._fixed,
             "controller": controller.state_dict() if controller is not None else {},
+            "snapshot": self._snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -369,6 +418,7 @@ class Pruner:
             )
         self._step, self._progress = state["step"], state["progress"]
         self._share, self._fixed = state["share"], state["fixed"]
+        self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])

@@ -171,6 +171,8 @@ class Report:
     """What `Trainer` ran with; empty where nothing was trained."""
     base_model: str | None = None
     """Hub id of the model that was pruned, where it came from there."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What the method tells of its run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
