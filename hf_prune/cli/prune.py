@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_prune.cli.fields import describe
 from hf_prune.cli.options import (
     ConfigFile,
     DataToMeasure,
@@ -16,7 +15,7 @@ from hf_prune.cli.options import (
     Model,
     Output,
     Subset,
-    pruning_config,
+    pruning_options,
     refuse,
 )
 from hf_prune.cli.output import Json, show, table
@@ -49,8 +48,9 @@ def prune(
     from hf_prune.cli.tasks import Reading, batches_for
     from hf_prune.graph import example_inputs
 
-    settings, rest = pruning_config(method, config, list(context.args))
-    refuse(context, rest, [field.option for field in describe(type(settings))])
+    pruning, rest = pruning_options(method, config, list(context.args))
+    refuse(context, rest, pruning.config)
+    settings = pruning.make()
     loaded = load_pretrained(model).eval()
     batches = None
     if data is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,8 +18,9 @@ from hf_prune.cli.options import (
     Method,
     Model,
     Output,
+    Pruning,
     Subset,
-    pruning_config,
+    pruning_options,
     refuse,
 )
 from hf_prune.cli.output import Json, show, table
@@ -81,14 +82,15 @@ def train(
 
     words, pruning = list(context.args), None
     if method is not None or config is not None:
-        pruning, words = pruning_config(method, config, words, seed=seed)
+        pruning, words = pruning_options(method, config, words, seed=seed)
     distillation, words = _distillation(words, teacher, pruning)
-    arguments = _training_arguments(context, words, output, seed)
-    checkpoint = _checkpoint(output, resume, overwrite)
+    arguments = _training_arguments(context, words, output, seed, pruning)
+    settings = pruning.make() if pruning is not None else None
+    checkpoint = _checkpoint(output, resume, overwrite, arguments)
     source = Source(data, eval_data, test_data, subset, eval_split, label_column, rows)
     compute_metrics = compute_metrics_for(metric, **({"average": average} if average is not None else {}))
     prepared = _prepare(task, model, source, arguments, Reading(tuple(input_column or ()), max_length, image_size))
-    trainer = _trainer(prepared, arguments, compute_metrics, pruning, teacher, distillation)
+    trainer = _trainer(prepared, arguments, compute_metrics, settings, teacher, distillation)
     result = _run(trainer, prepared.splits.get("test"), checkpoint)
     if trainer.is_world_process_zero():
         show(result, table(("result", ""), [(name, _shown(value)) for name, value in result.items()]), as_json=as_json)
@@ -99,7 +101,7 @@ def _shown(value: Any) -> str:
 
 
 def _distillation(
-    words: list[str], teacher: str | None, pruning: PruneConfig | None
+    words: list[str], teacher: str | None, pruning: Pruning | None
 ) -> tuple[DistillConfig | None, list[str]]:
     from hf_prune.parts.distillation import DistillConfig
 
@@ -111,7 +113,9 @@ def _distillation(
     return (DistillConfig(**values) if teacher is not None else None), rest
 
 
-def _training_arguments(context: typer.Context, words: list[str], output: Path, seed: int) -> TrainingArguments:
+def _training_arguments(
+    context: typer.Context, words: list[str], output: Path, seed: int, pruning: Pruning | None
+) -> TrainingArguments:
     from transformers import HfArgumentParser, TrainingArguments
 
     class Parser(HfArgumentParser):
@@ -122,14 +126,14 @@ def _training_arguments(context: typer.Context, words: list[str], output: Path, 
     classes: Any = TrainingArguments
     parser: Any = Parser(classes, allow_abbrev=False)
     arguments, unknown = parser.parse_args_into_dataclasses([*given, *words], return_remaining_strings=True)
-    refuse(context, unknown, ["--" + field.name.replace("_", "-") for field in fields(TrainingArguments)])
+    refuse(context, unknown, TrainingArguments, *([pruning.config] if pruning is not None else []))
     if Path(str(arguments.output_dir)) != output:
         raise typer.BadParameter("the folder of the run is --output; leave --output-dir out.")
     return arguments
 
 
-def _checkpoint(output: Path, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to go on from; None for a new run."""
+def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: TrainingArguments) -> str | None:
+    """The checkpoint to go on from; None for a new run, for which those of the run that it replaces are deleted."""
     from transformers.trainer_utils import get_last_checkpoint
 
     from hf_prune.types import PruneError
@@ -146,6 +150,9 @@ def _checkpoint(output: Path, resume: bool, overwrite: bool) -> str | None:
             f"{str(output)!r} holds a run already: --resume goes on with it, --overwrite replaces it, "
             "or choose another --output."
         )
+    if overwrite and arguments.should_save:  # else a later --resume might find them
+        for stale in output.glob("checkpoint-*"):
+            shutil.rmtree(stale)
     return checkpoint if resume else None
 
 
