@@ -371,8 +371,12 @@ class Pruner:
         groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
-        report = replace(report, prices=self._prices(groups), base_model=base_model(model))
-        report.run.update(recipe.record() if recipe.record is not None else {})
+        report = replace(
+            report,
+            run=recipe.record() if recipe.record is not None else {},
+            prices=self._prices(groups),
+            base_model=base_model(model),
+        )
         if groups:
             _shrink(model, self.graph, groups)
         return model, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +46,18 @@ def scores(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def describe_training(trainer: Trainer, distillation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Hyperparameters, optimizer steps, epochs and seconds of a finished run, and how it was distilled."""
+    """Hyperparameters, steps, epochs and seconds of a finished run, and how it was distilled; plain JSON types."""
     from transformers.modelcard import extract_hyperparameters_from_trainer
+    from transformers.training_args import OptimizerNames
 
     ended = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
-    return {
-        "hyperparameters": extract_hyperparameters_from_trainer(trainer),
+    optimizer = {"optimizer": OptimizerNames(trainer.args.optim).value}  # transformers has a whole sentence here
+    facts = {
+        "hyperparameters": extract_hyperparameters_from_trainer(trainer) | optimizer,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "seconds": ended.get("train_runtime"),
         "loss": ended.get("train_loss"),
-        "distillation": dict(distillation) if distillation is not None else None,
+        "distillation": distillation,
     }
+    return json.loads(json.dumps(facts, default=str))
