@@ -373,7 +373,7 @@ class Pruner:
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
         report = replace(
             report,
-            run=recipe.record() if recipe.record is not None else {},
+            run=dict(recipe.record()) if recipe.record is not None else {},
             prices=self._prices(groups),
             base_model=base_model(model),
         )
