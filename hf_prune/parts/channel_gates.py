@@ -155,7 +155,7 @@ class ChannelGate(Generic[Function]):
         for place, (writer, function) in enumerate(zip(self.writers, each, strict=True)):
             host: Any = model.get_submodule(writer.host)
             if place < len(self.functions):
-                host.add_module(self.kind, function)
+                host.add_module(self.kind, function.train(host.training))
             # In a tuple, so that a function shared by several layers is registered, saved and moved once.
             host.shared_function = (function,)
             host.__class__ = _gated(type(host))  # type: ignore[arg-type]
