@@ -14,10 +14,15 @@ METHODS = {
     "c2s2": "hf_prune.methods.c2s2",
     "gate_decorator": "hf_prune.methods.gate_decorator",
     "dmcp": "hf_prune.methods.dmcp",
+    "gate_decorator": "hf_prune.methods.gate_decorator",
     "growing_regularization": "hf_prune.methods.growing_regularization",
+    "lookahead": "hf_prune.methods.lookahead",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
+    "play_and_prune": "hf_prune.methods.play_and_prune",
     "resrep": "hf_prune.methods.resrep",
+    "weight_importance": "hf_prune.methods.weight_importance",
+    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 
