@@ -21,8 +21,7 @@ Related   `gate_decorator` gates all layers at once; `magnitude` ranks without l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruneConfig, require_choice, require_range
 from hf_prune.graph import Graph
 from hf_prune.parts.budgets import PRICES
-from hf_prune.parts.channel_gates import ChannelGate, ChannelScale, channel_targets, multiply_channels
+from hf_prune.parts.channel_gates import ChannelGate, ChannelMask, channel_targets, passing
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import floor_count, keep_highest
 from hf_prune.parts.statistics import Batch, Calibration, evaluating, mean_over_processes
@@ -111,27 +110,19 @@ _TOLERANCE = 1.01  # of the goal, within which it counts as met
 _STATE = ("progress", "guards", "dense_loss", "finished", "rises")
 
 
-class PruningLayer(ChannelScale):
-    """One number v a channel; its binary form is the plan's `keep`."""
+class PruningLayer(ChannelMask):
+    """One number v a channel, which counts in selection alone; its binary form is the plan's `keep`."""
 
     def __init__(self, channels: int, like: Tensor, config: C2S2Config) -> None:
         super().__init__(channels, like)
         self.config = config
-        self.selecting = False
-
-    def factor(self) -> Tensor:
-        """The binary form."""
-        return self.keep.to(self.scale.dtype)
+        self.scale = nn.Parameter(torch.ones(channels, dtype=self.dtype, device=like.device))
 
     def selected(self) -> Tensor:
         """What selection multiplies by: v, or its binary form with the gradient of v."""
         if self.config.form == "real":
             return self.scale
-        return (self.scale > self.config.threshold).to(self.scale.dtype) + self.scale - self.scale.detach()
-
-    def forward(self, x: Tensor, host: nn.Module) -> Tensor:
-        """`x` times the form that is in use."""
-        return multiply_channels(x, self.selected() if self.selecting else self.factor(), host)
+        return (self.scale > self.config.threshold).to(self.dtype) + self.scale - self.scale.detach()
 
 
 class SteadyAdam(torch.optim.Adam):
@@ -211,17 +202,10 @@ class Layerwise:
         if layer is None:
             outputs = model(**inputs, **pruner.student_inputs)
         else:
-            with evaluating(pruner.model), self._real(self.gates[layer].function):
+            function = self.gates[layer].function
+            with evaluating(pruner.model), passing({function: function.selected()}):
                 outputs = model(**inputs, **pruner.student_inputs)
         return pruner.loss(outputs.loss, outputs, inputs)
-
-    @contextmanager
-    def _real(self, function: PruningLayer) -> Iterator[None]:
-        function.selecting = True
-        try:
-            yield
-        finally:
-            function.selecting = False
 
     def penalty(self, progress: float) -> Tensor:
         """Sparsity and polarisation of the layer that is being selected."""
