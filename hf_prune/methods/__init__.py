@@ -11,6 +11,7 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "bwcp": "hf_prune.methods.bwcp",
+    "c2s2": "hf_prune.methods.c2s2",
     "dmcp": "hf_prune.methods.dmcp",
     "gate_decorator": "hf_prune.methods.gate_decorator",
     "growing_regularization": "hf_prune.methods.growing_regularization",
