@@ -11,6 +11,7 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "dmcp": "hf_prune.methods.dmcp",
+    "ezcrop": "hf_prune.methods.ezcrop",
     "growing_regularization": "hf_prune.methods.growing_regularization",
     "lookahead": "hf_prune.methods.lookahead",
     "magnitude": "hf_prune.methods.magnitude",
