@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
+from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
+from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
@@ -25,6 +26,8 @@ from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
     from hf_prune.graph import Graph
+
+_ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
 
 
 ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
@@ -68,6 +71,7 @@ class Pruner:
             at the model's graph; the model's own `dummy_inputs` where omitted.
         data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
             by methods that measure their scores.
+        evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -80,6 +84,7 @@ class Pruner:
         example_inputs: ExampleInputs = None,
         *,
         data: Data | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
@@ -93,6 +98,9 @@ class Pruner:
         self._teacher, self._tokenizer = teacher, tokenizer
         self.graph = LazyGraph(model, example_inputs)
         self.calibration = Calibration(model, data)
+        self._evaluate = evaluate
+        self._optimizer: PruneOptimizer | None = None
+        self._snapshot: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
@@ -101,6 +109,8 @@ class Pruner:
         self._progress = 0.0
         self._share = 0.0
         self._fixed = False
+        self._narrowing: Narrowing | None = None
+        self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
     @property
@@ -130,11 +140,17 @@ class Pruner:
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
                 "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
             )
+        if recipe.review is not None and self._evaluate is None:
+            raise PruneError(
+                f"method {self.config.method!r} looks at a metric while it prunes: give PruneTrainer one eval_dataset, "
+                "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
+            )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
             for gate in recipe.gates:
                 gate.insert(self.model)
+            self._narrowing = _narrowing(self.model, self.graph, recipe, self.config)
         self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -160,7 +176,8 @@ class Pruner:
             lr_scale=(lambda: self.phase.lr_scale) if controlled else None,
         )
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        self._optimizer = PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        return self._optimizer
 
     def _gate_parameters(self) -> dict[str, list[nn.Parameter]]:
         kinds: dict[str, list[nn.Parameter]] = {}
@@ -193,26 +210,47 @@ class Pruner:
         if total_steps < 1:
             raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._fixed = self._fixed and step > self._step  # a run that starts again selects again
+        self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
+        if recipe.review is not None:
+            recipe.review(self)
+            if recipe.controller is not None:
+                self.phase = recipe.controller.phase(step)
+        due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
+        if due > self._cuts:
+            self._cuts = due
+            self.shrink_now()
 
     def _select(self, share: float) -> None:
         """Set the plan at `share` of the way to the goal, from scores as they are now."""
-        recipe = self._attached
+        recipe, before = self._attached, self._share
         assert recipe.selection is not None
+        self._share = share
         if recipe.measured_scores is None:
-            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+            scores = recipe.scores() if recipe.scores else {}
         elif share == 0.0:
-            self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
-        elif share != self._share:
+            return self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share == before:
+            return None
+        else:
             with evaluating(self.model):
                 scores = recipe.measured_scores(self.calibration)
-            self._set_plan(recipe.selection(scores, share))
-        self._share = share
+        return self._set_plan(recipe.selection(self._lowest_where_gone(scores), share))
+
+    def _lowest_where_gone(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores so low for units that are gone for good that they are never taken before others."""
+        gone = {name: ~keep for name, keep in self._alive.items()}
+        return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
+
+    @property
+    def _alive(self) -> Plan:
+        return self._narrowing.alive if self._narrowing is not None else {}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
@@ -221,9 +259,66 @@ class Pruner:
             controller.observe(metrics)
             self.phase = controller.phase(max(self._step, 0))
 
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data; modes and random state come back as they were."""
+        assert self._evaluate is not None  # `attach` refuses methods that review a run without
+        with evaluating(self.model):
+            return dict(self._evaluate(self.model))
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer as they are, in main memory and in `state_dict`, in place of the last one."""
+        self._snapshot = {
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
+            "moments": self._optimizer.moments() if self._optimizer is not None else [],
+        }
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
+
+        Raises:
+            PruneError: no snapshot was taken.
+        """
+        if self._snapshot is None:
+            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+        self.model.load_state_dict(self._snapshot["model"])
+        if self._optimizer is not None and self._snapshot["moments"]:
+            self._optimizer.set_moments(self._snapshot["moments"])
+
     def _set_plan(self, plan: Plan) -> None:
+        alive = self._alive
         for gate in self._attached.gates:
-            gate.set_keep(plan[gate.name])
+            gate.set_keep(plan[gate.name] & alive[gate.name] if gate.name in alive else plan[gate.name])
+
+    def shrink_now(self, plan: Plan | None = None) -> None:
+        """Cut units out of the model, the optimizer's state and the gates for good, while the run goes on.
+
+        Training goes on as if the units were masked, at lower cost (dropout draws other numbers for other shapes).
+        Plans, scores and the report stay in units of the model as it was attached; parameters, parameter groups and
+        gates stay the same objects. Units of groups under LayerNorm-like statistics and of head widths, whose cut is
+        not exact or moves a scale into weights, stay as zeros until `finalize`; so do all when several processes train,
+        after `keep_whole`, and where the optimizer's state has no part for each unit.
+
+        plan: the units that stay, of any groups; what the gates keep now, where omitted.
+
+        Raises:
+            PruneError: the method has gates that cannot be cut, or the model would not run: the units are masked only.
+        """
+        narrowing = self._narrowing if self._attached else None
+        if narrowing is None:
+            raise PruneError(
+                f"method {self.config.method!r} has no masks over dimension groups that could be cut while it runs; "
+                "its units are removed by finalize()."
+            )
+        if plan is not None:
+            narrowing.check(plan)
+            self._set_plan({**self.plan, **plan})
+        narrowing.cut(self.plan, self._optimizer)
+
+    def keep_whole(self, reason: str) -> None:
+        """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""
+        if self._attached.shrink_at and self._narrowing is not None:
+            self._narrowing.keep_whole(reason)
 
     @property
     def plan(self) -> Plan:
@@ -306,7 +401,8 @@ class Pruner:
         _, report = self._bake(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._last_terms = None, None, {}
+        self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
+        self._last_terms, self._snapshot = {}, None
         self.report = report
         return report
 
@@ -319,9 +415,12 @@ class Pruner:
                 gate.fold(model)
         finally:
             model.train(was_training)
+        if self._narrowing is not None:
+            self._narrowing.finish(model)
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
+        report.run.update(recipe.record() if recipe.record is not None else {})
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
@@ -335,7 +434,9 @@ class Pruner:
             "progress": self._progress,
             "share": self._share,
             "fixed": self._fixed,
+            "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
+            "snapshot": self._snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,7 +451,8 @@ class Pruner:
                 "Resume with that one: PruneConfig.from_json reads it."
             )
         self._step, self._progress = state["step"], state["progress"]
-        self._share, self._fixed = state["share"], state["fixed"]
+        self._share, self._fixed, self._cuts = state["share"], state["fixed"], state["cuts"]
+        self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])
@@ -372,6 +474,20 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     table = shrink(model, graph.traced, plan)
     if isinstance(model, PreTrainedModel):
         mark(model, table)
+
+
+def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
+    """What can cut units out during the run, where every gate allows it."""
+    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
+    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
+    if structures and len(gates) == len(recipe.gates):
+        return Narrowing(model, graph.traced, structures, gates)
+    if recipe.shrink_at:
+        raise PruneError(
+            f"method {config.method!r} wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its "
+            "gates are masks over dimension groups."
+        )
+    return None
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -44,6 +44,19 @@ def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, i
     return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
 
 
+def drop_lowest(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """Drop the `count` lowest of all structures together; a floor's best units take nothing from the count."""
+    guarded = [
+        score.masked_fill(keep_highest([score], floors[name])[0], float("inf")) for name, score in scores.items()
+    ]
+    return dict(zip(scores, keep_highest(guarded, sum(map(len, guarded)) - count), strict=True))
+
+
+def dropped(plan: Plan) -> int:
+    """How many units `plan` removes."""
+    return sum(int((~keep).sum()) for keep in plan.values())
+
+
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Keep masks with exactly `count` True over all (1-D) tensors together; of equal scores the first stay."""
     total = sum(s.numel() for s in scores)

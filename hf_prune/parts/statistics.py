@@ -105,10 +105,20 @@ class RunningMean:
         if self.total is None:
             raise PruneError("nothing was observed; the model's forward pass never reached the layer.")
         total, count = self.total, torch.tensor(float(self.count), device=self.total.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-        return total / count
+        return sum_over_processes(total) / sum_over_processes(count)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of what every process of the run has; the values themselves where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what every process of the run has."""
+    return sum_over_processes(values) / sum_over_processes(torch.ones((), device=values.device))
 
 
 def widest(device: torch.device) -> torch.dtype:
