@@ -11,6 +11,7 @@ from hf_prune.types import PruneError
 
 METHODS = {
     "bwcp": "hf_prune.methods.bwcp",
+    "channel_similarity": "hf_prune.methods.channel_similarity",
     "dmcp": "hf_prune.methods.dmcp",
     "ezcrop": "hf_prune.methods.ezcrop",
     "gate_decorator": "hf_prune.methods.gate_decorator",
