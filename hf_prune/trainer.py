@@ -64,15 +64,15 @@ class PruneTrainer(Trainer):
                 "DeepSpeed and FSDP shard the weights that masks are made of, which PruneTrainer does not support; "
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
-        self.pruner = self._pruner_for(pruning, teacher, distillation)
-        self.pruner.attach()
+        self.pruner = self._attached_pruner(pruning, teacher, distillation)
         self._teacher, self._distillation, self._rounds = teacher, distillation, self.pruner.rounds
-        if self._rounds:
-            _check_rounds(self.model, self.optimizer)
+        if self._rounds and (complaint := _rounds_complaint(self.model, self.optimizer)):
+            self.pruner.detach()
+            raise PruneError(complaint)
         self._progress = _PruneCallback(self.pruner)
         self.add_callback(self._progress)
 
-    def _pruner_for(
+    def _attached_pruner(
         self,
         pruning: PruneConfig,
         teacher: Teacher | Sequence[Teacher] | None,
@@ -80,7 +80,7 @@ class PruneTrainer(Trainer):
         build: Build | None = None,
     ) -> Pruner:
         assert self.model is not None  # Trainer itself refuses to be made without one
-        return Pruner(
+        pruner = Pruner(
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
@@ -90,6 +90,10 @@ class PruneTrainer(Trainer):
             tokenizer=self.processing_class,
             build=build,
         )
+        pruner.attach()
+        if self.args.torch_compile:
+            pruner.keep_whole("torch_compile would compile the model anew at each cut")
+        return pruner
 
     @property
     def report(self) -> Report | None:
@@ -156,8 +160,7 @@ class PruneTrainer(Trainer):
             teacher, distillation = [folders.load(i, like=self.model) for i in range(index + 1)], each.taught
         elif teacher == "self":  # as it was in the beginning
             teacher = folders.load(0, like=self.model)
-        self.pruner = self._progress.pruner = self._pruner_for(each.pruning, teacher, distillation, each.build)
-        self.pruner.attach()
+        self.pruner = self._progress.pruner = self._attached_pruner(each.pruning, teacher, distillation, each.build)
 
     def _save_snapshot(self, folders: RoundFolders, index: int) -> None:
         if self.args.should_save:
@@ -291,16 +294,16 @@ def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
         )
 
 
-def _check_rounds(model: Any, optimizer: Any) -> None:
+def _rounds_complaint(model: Any, optimizer: Any) -> str | None:
+    """Why the model cannot be trained in rounds, if so."""
     if not isinstance(model, PreTrainedModel):
-        raise PruneError(
-            f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
-        )
+        return f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
     if optimizer is not None:
-        raise PruneError(
+        return (
             "each round has an optimizer of its own; instead of optimizers=(...), set optim and learning_rate in the "
             "training arguments."
         )
+    return None
 
 
 def _with(arguments: TrainingArguments, **changes: Any) -> TrainingArguments:

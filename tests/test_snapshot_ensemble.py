@@ -221,6 +221,7 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(PruneError, match="each round has an optimizer of its own"):
         PruneTrainer(model=model, args=arguments, train_dataset=_text_rows(), pruning=ELEMENT, optimizers=(sgd, None))
+    assert model.state_dict().keys() == tiny_text_model().state_dict().keys(), "the model is left as it was"
     with pytest.raises(PruneError, match="no snapshot of a run in rounds"):
         _trainer(tmp_path, ELEMENT).train(resume_from_checkpoint=True)
     _trainer(tmp_path, ELEMENT, max_steps=5).train()

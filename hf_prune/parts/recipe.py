@@ -49,6 +49,10 @@ class Recipe:
     """Progress -> share of the way to the goal, handed to `selection`."""
     fixed_from: float | None = None
     """Progress from which the plan no longer changes."""
+    shrink_at: Sequence[float] = ()
+    """Points of progress at which the units that the plan drops are cut out of the model for good
+    (`Pruner.shrink_now`): from there on steps cost less, and these units never come back, whatever `selection` says.
+    Gates must be `ShrinkableGate`s, such as masks over dimension groups."""
     gates: Sequence[Gate] = ()
     penalties: Mapping[str, Callable[[float], Tensor]] = field(default_factory=dict)
     """Name -> function of progress, added to the loss."""
