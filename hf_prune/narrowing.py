@@ -14,11 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_prune.graph import Graph, kept_entries, narrow, shrink, widen
+from hf_prune.config import closest
+from hf_prune.graph import Graph, check_plan, kept_entries, narrow, shrink, widen
 from hf_prune.optimizer import PruneOptimizer
 from hf_prune.parts.gates import ShrinkableGate
 from hf_prune.parts.structures import GroupUnits
-from hf_prune.types import Plan
+from hf_prune.types import Plan, PruneError
 
 STATE = "hf_prune_units"
 """Name of the module, in a model under way, that holds which units are left."""
@@ -73,6 +74,15 @@ class Narrowing:
     def _by_group(self, flags: Tensor) -> Plan:
         parts = flags.split([each.units for each in self.structures])
         return {each.name: part for each, part in zip(self.structures, parts, strict=True)}
+
+    def check(self, plan: Plan) -> None:
+        """Raise unless `plan` fits groups that have a mask and leaves each some unit that is not gone yet."""
+        alive = self.alive
+        for name in plan:
+            if name not in alive:
+                raise PruneError(f"the plan names {name!r}, which has no mask in this run{closest(name, list(alive))}.")
+        check_plan(self.graph, plan)
+        check_plan(self.graph, {name: keep.to(alive[name].device) & alive[name] for name, keep in plan.items()})
 
     def cut(self, plan: Plan, optimizer: PruneOptimizer | None) -> None:
         """Let the units that `plan` drops be gone for good, and cut them out unless something forbids it."""

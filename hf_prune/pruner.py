@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
-from hf_prune.graph import check_plan
 from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
@@ -74,6 +73,7 @@ class Pruner:
             at the model's graph; the model's own `dummy_inputs` where omitted.
         data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
             by methods that measure their scores.
+        evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
         teacher: a model, a folder, a Hub id, or "self", or several of them, whose probabilities are averaged; None for
             no distillation.
         distillation: weights of the distillation terms.
@@ -88,6 +88,7 @@ class Pruner:
         example_inputs: ExampleInputs = None,
         *,
         data: Data | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         teacher: Teacher | Sequence[Teacher] | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
@@ -103,6 +104,9 @@ class Pruner:
         self._tokenizer, self._build = tokenizer, build or self.method.build
         self.graph = LazyGraph(model, example_inputs)
         self.calibration = Calibration(model, data)
+        self._evaluate = evaluate
+        self._optimizer: PruneOptimizer | None = None
+        self._snapshot: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
@@ -112,7 +116,6 @@ class Pruner:
         self._share = 0.0
         self._fixed = False
         self._narrowing: Narrowing | None = None
-        self._optimizer: PruneOptimizer | None = None
         self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
@@ -148,10 +151,15 @@ class Pruner:
             teachers = [load_teacher(each, self.model, self._tokenizer) for each in self._teachers]
             self.distiller = Distiller(teachers, self.distillation, self.model)
         recipe = self._build(self.model, self.graph, self.config)
-        if recipe.measured_scores is not None and not self.calibration.given:
+        if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
             raise PruneError(
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
                 "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
+            )
+        if recipe.review is not None and self._evaluate is None:
+            raise PruneError(
+                f"method {self.config.method!r} looks at a metric while it prunes: give PruneTrainer one eval_dataset, "
+                "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
             )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
@@ -224,14 +232,35 @@ class Pruner:
             self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
+        if recipe.review is not None:
+            recipe.review(self)
+            if recipe.controller is not None:
+                self.phase = recipe.controller.phase(step)
         due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
         if due > self._cuts:
             self._cuts = due
             self.shrink_now()
 
-    def _living(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`scores`, so low for units that are gone for good that they are never taken before others."""
+    def _select(self, share: float) -> None:
+        """Set the plan at `share` of the way to the goal, from scores as they are now."""
+        recipe, before = self._attached, self._share
+        assert recipe.selection is not None
+        self._share = share
+        if recipe.measured_scores is None:
+            scores = recipe.scores() if recipe.scores else {}
+        elif share == 0.0:
+            return self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share == before:
+            return None
+        else:
+            with evaluating(self.model):
+                scores = recipe.measured_scores(self.calibration)
+        return self._set_plan(recipe.selection(self._lowest_where_gone(scores), share))
+
+    def _lowest_where_gone(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores so low for units that are gone for good that they are never taken before others."""
         gone = {name: ~keep for name, keep in self._alive.items()}
         return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
 
@@ -239,26 +268,38 @@ class Pruner:
     def _alive(self) -> Plan:
         return self._narrowing.alive if self._narrowing is not None else {}
 
-    def _select(self, share: float) -> None:
-        """Set the plan at `share` of the way to the goal, from scores as they are now."""
-        recipe = self._attached
-        assert recipe.selection is not None
-        if recipe.measured_scores is None:
-            self._set_plan(recipe.selection(self._living(recipe.scores() if recipe.scores else {}), share))
-        elif share == 0.0:
-            self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
-        elif share != self._share:
-            with evaluating(self.model):
-                scores = recipe.measured_scores(self.calibration)
-            self._set_plan(recipe.selection(self._living(scores), share))
-        self._share = share
-
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
         controller = self._attached.controller
         if controller is not None:
             controller.observe(metrics)
             self.phase = controller.phase(max(self._step, 0))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data; modes and random state come back as they were."""
+        assert self._evaluate is not None  # `attach` refuses methods that review a run without
+        with evaluating(self.model):
+            return dict(self._evaluate(self.model))
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer as they are, in main memory and in `state_dict`, in place of the last one."""
+        self._snapshot = {
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
+            "moments": self._optimizer.moments() if self._optimizer is not None else [],
+        }
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
+
+        Raises:
+            PruneError: no snapshot was taken.
+        """
+        if self._snapshot is None:
+            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+        self.model.load_state_dict(self._snapshot["model"])
+        if self._optimizer is not None and self._snapshot["moments"]:
+            self._optimizer.set_moments(self._snapshot["moments"])
 
     def _set_plan(self, plan: Plan) -> None:
         alive = self._alive
@@ -286,7 +327,7 @@ class Pruner:
                 "its units are removed by finalize()."
             )
         if plan is not None:
-            check_plan(self.graph.traced, {name: keep & narrowing.alive.get(name, keep) for name, keep in plan.items()})
+            narrowing.check(plan)
             self._set_plan({**self.plan, **plan})
         narrowing.cut(self.plan, self._optimizer)
 
@@ -381,7 +422,8 @@ class Pruner:
     def _release(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._narrowing, self._optimizer, self._last_terms = None, None, None, None, {}
+        self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
+        self._last_terms, self._snapshot = {}, None
 
     def detach(self) -> None:
         """Take the gates out again, before any step was made: the model is the plain one that it was."""
@@ -405,6 +447,7 @@ class Pruner:
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
+        report.run.update(recipe.record() if recipe.record is not None else {})
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
@@ -420,6 +463,7 @@ class Pruner:
             "fixed": self._fixed,
             "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
+            "snapshot": self._snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -435,6 +479,7 @@ class Pruner:
             )
         self._step, self._progress = state["step"], state["progress"]
         self._share, self._fixed, self._cuts = state["share"], state["fixed"], state["cuts"]
+        self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])

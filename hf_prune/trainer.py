@@ -80,11 +80,13 @@ class PruneTrainer(Trainer):
         build: Build | None = None,
     ) -> Pruner:
         assert self.model is not None  # Trainer itself refuses to be made without one
+        several = isinstance(self.eval_dataset, dict)
         pruner = Pruner(
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
             data=self._calibration_batches if self.train_dataset is not None else None,
+            evaluate=None if self.eval_dataset is None or several else self._validation_metrics,
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
@@ -253,6 +255,11 @@ class PruneTrainer(Trainer):
         torch.default_generator.manual_seed(self.args.seed)
         loader = self.get_train_dataloader()
         return map(self._prepare_inputs, getattr(loader, "base_dataloader", loader))
+
+    def _validation_metrics(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the validation rows, without the logs and callbacks of `evaluate`."""
+        output = self.evaluation_loop(self.get_eval_dataloader(), "Validation", metric_key_prefix="eval")
+        return dict(output.metrics or {})
 
 
 class _PruneCallback(TrainerCallback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from digits import accuracy, digits, train
 from gated_models import IMAGES, MODELS, answer, inputs_of, scramble
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 
 import hf_prune
@@ -350,51 +349,14 @@ def test_a_run_in_prune_trainer_resumes_exactly_and_saves(tmp_path: Path) -> Non
     assert torch.equal(answer(loaded, IMAGES), answer(whole.model.eval(), IMAGES))
 
 
-def _digits() -> tuple[Tensor, Tensor]:
-    """The 8 x 8 digits of scikit-learn, shuffled, drawn at twice the size."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return nn.functional.interpolate(images, scale_factor=2)[order], torch.tensor(digits.target)[order]
-
-
-def _train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: tuple[Tensor, Tensor],
-    before_step: Callable[[], None] = lambda: None,
-    after_step: Callable[[int], None] = lambda step: None,
-    steps: int = 400,
-) -> None:
-    """Cosine from the optimizer's rate to zero, on the first 1,200 rows."""
-    rows, model = torch.Generator().manual_seed(1), model.train()
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
-        batch = torch.randint(0, 1200, (64,), generator=rows)
-        optimizer.zero_grad()
-        model(pixel_values=data[0][batch], labels=data[1][batch]).loss.backward()
-        before_step()
-        optimizer.step()
-        cosine.step()
-        after_step(step)
-
-
-def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Percent of all rows: one of them is 0.06 points."""
-    was_training = model.training
-    hits = answer(model.eval(), {"pixel_values": data[0]}).argmax(-1) == data[1]
-    model.train(was_training)
-    return 100.0 * hits.float().mean().item()
-
-
 @pytest.mark.filterwarnings("ignore:.*not forgotten yet")
 def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> None:
     """Half of the multiply-adds of a digits classifier: the same pull at compactors, and at the kernels themselves."""
-    data, lasso, steps = _digits(), 1e-2, 400
+    data, lasso, steps = digits(), 1e-2, 400
     example = {"pixel_values": data[0][:2]}
     dense = tiny_image_model(num_channels=1, hidden_sizes=[16, 32], num_labels=10, downsample_in_first_stage=False)
     sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4)
-    _train(dense, sgd(dense.parameters()), data, steps=300)
+    train(dense, sgd(dense.parameters()), data, steps=300)
     price = trace(dense.eval(), example).price().multiply_adds
 
     model = copy.deepcopy(dense)
@@ -405,13 +367,13 @@ def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> N
 
     def move(step: int) -> None:
         if step == steps:
-            before.append(_accuracy(model, data))
+            before.append(accuracy(model, data))
         pruner.step(step, steps)
 
     move(0)
-    _train(model, pruner.wrap(sgd(model.parameters())), data, after_step=move)
+    train(model, pruner.wrap(sgd(model.parameters())), data, after_step=move)
     report = pruner.finalize()
-    after = _accuracy(model.eval(), data)
+    after = accuracy(model.eval(), data)
     assert trace(model, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
     assert after > 97.0
     assert abs(after - before[0]) < 0.1
@@ -423,9 +385,9 @@ def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> N
         for weight in targets:
             weight.grad += lasso * nn.functional.normalize(weight.detach().flatten(1), dim=1).view_as(weight)
 
-    _train(kernels, sgd(kernels.parameters()), data, before_step=pull)
-    unpruned = _accuracy(kernels.eval(), data)
+    train(kernels, sgd(kernels.parameters()), data, before_step=pull)
+    unpruned = accuracy(kernels.eval(), data)
     by_norm = MagnitudeConfig(target_flops=0.5, score="l2", include=tuple(report.layers))
     hf_prune.prune(kernels, by_norm, example)
     assert trace(kernels, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
-    assert _accuracy(kernels, data) < unpruned - 2.0
+    assert accuracy(kernels, data) < unpruned - 2.0

@@ -50,6 +50,7 @@ from hf_prune.parts.distillation import logits_divergence
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
+from hf_prune.parts.statistics import sum_over_processes
 from hf_prune.types import Paper, Phase, Plan, PruneError
 
 PAPER = Paper(
@@ -284,7 +285,7 @@ class Search:
         sizes = self._expected_sizes(self._shift())
         if self.tried is not None:
             candidates = list(self._candidates())
-            sizes = candidates[int(_over_processes(self.tried[1]).argmin())]
+            sizes = candidates[int(sum_over_processes(self.tried[1]).argmin())]
         return {gate.name: gate.function.prefix(size) for gate, size in zip(self.gates, sizes, strict=True)}
 
     def _cost(self, sizes: Sequence[int]) -> float:
@@ -340,13 +341,6 @@ class Search:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.progress = state["progress"]
-
-
-def _over_processes(values: Tensor) -> Tensor:
-    """The sum over all processes of the run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def _rank(model: nn.Module, target: ChannelTarget, order: str) -> Tensor:

@@ -36,7 +36,7 @@ from hf_prune.parts import schedules
 from hf_prune.parts.budgets import PRICES, fit_price
 from hf_prune.parts.channel_gates import ChannelFunction, ChannelGate, at_least_float32, channel_targets
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.selection import Selection, floor_count, keep_highest
+from hf_prune.parts.selection import Selection, drop_lowest, dropped, floor_count
 from hf_prune.types import Paper, Phase, Plan
 
 PAPER = Paper(
@@ -169,15 +169,10 @@ class Forgetting:
     def _refreshed(self, scores: Mapping[str, Tensor]) -> Plan:
         """As many of the lowest rows as the goal needs, but few more than now while the goal is not reached."""
         now, wanted = self.plan, self.cheapest(scores, 1.0)
-        quota = _dropped(now) + self.config.begin_granularity
-        if self.within_goal(now) or _dropped(wanted) <= quota:
+        quota = dropped(now) + self.config.begin_granularity
+        if self.within_goal(now) or dropped(wanted) <= quota:
             return wanted
-        guarded = {
-            name: score.masked_fill(keep_highest([score], self.floors[name])[0], math.inf)
-            for name, score in scores.items()
-        }
-        keeps = keep_highest(list(guarded.values()), sum(map(len, guarded.values())) - quota)
-        return dict(zip(guarded, keeps, strict=True))
+        return drop_lowest(scores, quota, self.floors)
 
     def count(self) -> None:
         """One more optimizer step was made."""
@@ -223,10 +218,6 @@ class Forgetting:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.steps = state["steps"]
-
-
-def _dropped(plan: Plan) -> int:
-    return sum(int((~keep).sum()) for keep in plan.values())
 
 
 def build(model: nn.Module, graph: Any, config: ResRepConfig) -> Recipe:

@@ -176,15 +176,18 @@ class ChannelGate(Generic[Function]):
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:
         """Multiply the functions into the layers of `model` and give their modules their classes back."""
-        for writer in self.writers:
-            host: Any = model.get_submodule(writer.host)
-            if not hasattr(host, "shared_function"):
-                continue  # folded before, by a `finalize` that could not go on
-            function: ChannelFunction = host.shared_function[0]  # of this model, which may be a copy
+        hosts: list[Any] = [model.get_submodule(writer.host) for writer in self.writers]
+        # Those folded before, by a `finalize` that could not go on, have no function any more.
+        open_hosts = [
+            (w, host) for w, host in zip(self.writers, hosts, strict=True) if hasattr(host, "shared_function")
+        ]
+        # Of this model, which may be a copy; all before the first fold, as one may depend on the norm of another.
+        factors = [host.shared_function[0].factor() for _, host in open_hosts]
+        for (writer, host), factor in zip(open_hosts, factors, strict=True):
             host.__class__ = host.plain
             del host.shared_function
             host._modules.pop(self.kind, None)
-            fold_channels(model, writer, function.factor())
+            fold_channels(model, writer, factor)
 
 
 @torch.no_grad()

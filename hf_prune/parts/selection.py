@@ -27,9 +27,28 @@ def floor_count(min_keep: float, units: int) -> int:
     return max(1, int(min_keep * units))
 
 
+def select_among(plan: Plan, selection: Selection, scores: Mapping[str, Tensor], share: float) -> Plan:
+    """What `selection` keeps of the units that `plan` keeps: what is gone stays gone, whatever its score is now."""
+    left = {name: score.masked_fill(~plan[name].to(score.device), -torch.inf) for name, score in scores.items()}
+    return {name: keep & plan[name].to(keep.device) for name, keep in selection(left, share).items()}
+
+
 def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> Plan:
     """`plan`, where the best units of each structure stay up to its floor."""
     return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
+
+
+def drop_lowest(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """Drop the `count` lowest of all structures together; a floor's best units take nothing from the count."""
+    guarded = [
+        score.masked_fill(keep_highest([score], floors[name])[0], float("inf")) for name, score in scores.items()
+    ]
+    return dict(zip(scores, keep_highest(guarded, sum(map(len, guarded)) - count), strict=True))
+
+
+def dropped(plan: Plan) -> int:
+    """How many units `plan` removes."""
+    return sum(int((~keep).sum()) for keep in plan.values())
 
 
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -90,7 +90,7 @@ class RunningMean:
     def update(self, observed: Tensor) -> None:
         """Add the observations of one batch."""
         total, count = self.reduce(observed.detach())
-        total = total.to(_widest(total.device))
+        total = total.to(widest(total.device))
         self.total = total if self.total is None else self.total + total
         self.count += count
 
@@ -103,13 +103,24 @@ class RunningMean:
         if self.total is None:
             raise PruneError("nothing was observed; the model's forward pass never reached the layer.")
         total, count = self.total, torch.tensor(float(self.count), device=self.total.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-        return total / count
+        return sum_over_processes(total) / sum_over_processes(count)
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of what every process of the run has; the values themselves where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what every process of the run has."""
+    return sum_over_processes(values) / sum_over_processes(torch.ones((), device=values.device))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise type that the device has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -158,13 +169,19 @@ def rows(observed: Tensor) -> Tensor:
 def mean(observed: Tensor) -> tuple[Tensor, int]:
     """Of each channel, `(C,)`."""
     flat = rows(observed)
-    return flat.sum(0, dtype=_widest(flat.device)), len(flat)
+    return flat.sum(0, dtype=widest(flat.device)), len(flat)
+
+
+def mean_absolute(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean absolute value of each channel, `(C,)`."""
+    flat = rows(observed)
+    return flat.abs().sum(0, dtype=widest(flat.device)), len(flat)
 
 
 def second_moment(observed: Tensor) -> tuple[Tensor, int]:
     """Mean square of each channel, `(C,)`."""
     flat = rows(observed)
-    return flat.square().sum(0, dtype=_widest(flat.device)), len(flat)
+    return flat.square().sum(0, dtype=widest(flat.device)), len(flat)
 
 
 def active(observed: Tensor) -> tuple[Tensor, int]:
@@ -176,7 +193,7 @@ def active(observed: Tensor) -> tuple[Tensor, int]:
 def moments(observed: Tensor) -> tuple[Tensor, int]:
     """First and second moments together, `(C + 1, C + 1)`; `mean_and_covariance` takes them apart."""
     flat = rows(observed)
-    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1).to(_widest(flat.device))
+    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1).to(widest(flat.device))
     return flat.T @ flat, len(flat)
 
 
