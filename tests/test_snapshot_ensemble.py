@@ -294,6 +294,7 @@ def _percent(probabilities: Tensor, test: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_restarts_beat_a_small_rate_and_the_ensemble_teaches_more(tmp_path: Path) -> None:
     """Five rounds to 7.8 % of the weights, 20 epochs each; means of three seeds."""
     figures: dict[str, list[float]] = {}

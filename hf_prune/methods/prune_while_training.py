@@ -7,8 +7,9 @@ Equations p C / K of the C filters of a layer go at each of K events, counted fr
           behind the nonlinearity -> `mean_activations`; a shuffle -> `scores.random_ranks`.
 Differs   Only the abstract could be had. Ours are: the events (11, from a tenth to six tenths of the steps), the
           absolute value of activations, over calibration batches in evaluation mode and where the next layer reads the
-          channel (at the layer itself where no plain layer reads it), and one shuffle for all events. Every width of the model takes part, heads, neurons and residual streams too, unless `include` says otherwise;
-          a stream's filters are ranked by their mean over all layers that write it. The goal may also be a price.
+          channel (at the layer itself where no plain layer reads it), and one shuffle for all events. Every width of
+          the model takes part, heads, neurons and residual streams too, unless `include` says otherwise; a stream's
+          filters are ranked by their mean over all layers that write it. The goal may also be a price.
 Related   `magnitude` along its cubic schedule masks the same filters by the same scores, and takes some back.
 """
 
