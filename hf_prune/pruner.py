@@ -24,6 +24,7 @@ from hf_prune.parts.rounds import Build, Round
 from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
+from hf_prune.report.origin import base_model
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
@@ -400,8 +401,12 @@ class Pruner:
         return self.distillation.student_flags if self.distillation is not None else {}
 
     def logs(self) -> dict[str, float]:
-        """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
+        """What a progress bar or TensorBoard should show: sparsity, prices, loss terms, what steers them."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
+        if prices := self._prices(self._group_plan(self.plan)):
+            values["multiply_adds_kept"] = prices["multiply_adds"]["kept"] / prices["multiply_adds"]["dense"]
+        if self.distiller is not None:
+            values["temperature"] = self.distiller.config.temperature
         weight = getattr(self._attached.controller, "weight", None)
         return values if weight is None else {**values, "penalty_weight": weight}
 
@@ -444,13 +449,29 @@ class Pruner:
             model.train(was_training)
         if self._narrowing is not None:
             self._narrowing.finish(model)
-        groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
+        groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
-        report.run.update(recipe.record() if recipe.record is not None else {})
+        report = replace(
+            report,
+            run=dict(recipe.record()) if recipe.record is not None else {},
+            prices=self._prices(groups),
+            base_model=base_model(model),
+        )
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
+
+    def _group_plan(self, plan: Plan) -> Plan:
+        """The part of `plan` that is about dimension groups: what makes the model narrower."""
+        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, GroupUnits)}
+
+    def _prices(self, groups: Plan) -> dict[str, dict[str, float]]:
+        """`Report.prices` of a group plan; none without groups, so that a method on weights needs no trace."""
+        if not groups:
+            return {}
+        dense, kept = asdict(self.graph.traced.price()), asdict(self.graph.traced.price(groups))
+        return {name: {"dense": dense[name], "kept": kept[name]} for name in dense}
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs beside model and optimizer; plain numbers and tensors."""
@@ -503,12 +524,6 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
         mark(model, table)
 
 
-def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
-    if teacher is None:
-        return []
-    return [teacher] if isinstance(teacher, (nn.Module, str, Path)) else list(teacher)
-
-
 def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
     """What can cut units out during the run, where every gate allows it."""
     structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
@@ -521,6 +536,12 @@ def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: Prune
             "gates are masks over dimension groups."
         )
     return None
+
+
+def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
+    if teacher is None:
+        return []
+    return [teacher] if isinstance(teacher, (nn.Module, str, Path)) else list(teacher)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_prune.types import PruneError, Report
+from hf_prune.report.reading import read_report
+from hf_prune.types import PRUNING_FILE, PruneError, Report
 
 
 class RoundFolders:
@@ -52,10 +52,8 @@ class RoundFolders:
 
     def report(self, index: int) -> Report | None:
         """What the rounds before `index` have done."""
-        from hf_prune.checkpoint.save import PRUNING_FILE
-
-        file = self.snapshot(index) / PRUNING_FILE
-        return Report(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        folder = self.snapshot(index)
+        return read_report(folder) if (folder / PRUNING_FILE).is_file() else None
 
     def resume_point(self, resume: str | bool) -> tuple[int, str | None]:
         """Round to go on with, and the checkpoint in it, if there is one.

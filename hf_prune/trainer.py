@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -18,7 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy, PredictionOutput, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_prune.config import PruneConfig
@@ -27,8 +30,13 @@ from hf_prune.parts.distillation import DistillConfig, Teacher
 from hf_prune.parts.rounds import Build, Round
 from hf_prune.pruner import Pruner
 from hf_prune.report import chain
+from hf_prune.report.origin import describe_dataset, describe_training, scores
+from hf_prune.report.reading import STATE_FILE
 from hf_prune.rounds import RoundFolders
 from hf_prune.types import PruneError, Report
+
+if TYPE_CHECKING:
+    from hf_prune.report.card import About
 
 FINAL_HUB_STRATEGY = HubStrategy.END
 
@@ -118,15 +126,56 @@ class PruneTrainer(Trainer):
                     "this PruneTrainer was stopped inside a round; make a new one with the model as it was in the "
                     "beginning, and train(resume_from_checkpoint=True)."
                 )
-            return self._train_rounds(resume_from_checkpoint, *args, **kwargs)
-        return self._train_once(resume_from_checkpoint, *args, **kwargs)
+            output = self._train_rounds(resume_from_checkpoint, *args, **kwargs)
+        else:
+            output = self._train_once(resume_from_checkpoint, *args, **kwargs)
+        if self.args.push_to_hub:
+            self.save_model()
+        return output
 
     def _train_once(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
-        self.pruner.finalize()
+        self._complete(self.pruner.finalize())
         # The optimizer and every wrapper still hold parameters that the plain model no longer has.
         self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.pruner.model
         self.accelerator.free_memory()
+        return output
+
+    def _complete(self, report: Report) -> None:
+        """Add to the finished run's report what only the trainer knows."""
+        distillation = self.pruner.distillation
+        training = describe_training(self, asdict(distillation) if distillation is not None else None)
+        self.pruner.report = replace(report, training=training)
+        if self.train_dataset is not None:
+            self._note("train", self.train_dataset, {})
+
+    def _note(self, prefix: str, dataset: Any, metrics: Mapping[str, float]) -> None:
+        """Put scores of the finished model, and the data that they come from, into the report."""
+        if (report := self.report) is not None:
+            self.pruner.report = replace(
+                report,
+                metrics={**report.metrics, **scores(metrics, prefix)},
+                datasets={**report.datasets, prefix: describe_dataset(dataset)},
+            )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`; scores of the finished model go into its report."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast(dict[str, Any], self.eval_dataset)[dataset]
+        if not isinstance(dataset, dict):  # of several, each comes here by itself
+            self._note(metric_key_prefix, dataset, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As `Trainer.predict`; scores of the finished model go into its report."""
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        self._note(metric_key_prefix, test_dataset, output.metrics or {})
         return output
 
     def _train_rounds(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +211,8 @@ class PruneTrainer(Trainer):
             teacher, distillation = [folders.load(i, like=self.model) for i in range(index + 1)], each.taught
         elif teacher == "self":  # as it was in the beginning
             teacher = folders.load(0, like=self.model)
-        self.pruner = self._progress.pruner = self._attached_pruner(each.pruning, teacher, distillation, each.build)
+        self.pruner = self._attached_pruner(each.pruning, teacher, distillation, each.build)
+        self._progress.pruner = self.pruner
 
     def _save_snapshot(self, folders: RoundFolders, index: int) -> None:
         if self.args.should_save:
@@ -217,10 +267,11 @@ class PruneTrainer(Trainer):
         """The compact model. Trainer's own calls inside the run write the resumable state instead."""
         if self.pruner.attached and _internal_call:
             return super().save_model(output_dir, _internal_call=True)
+        folder = str(output_dir or self.args.output_dir)
         if self.args.should_save:
-            self._save_compact(str(output_dir or self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self._save_compact(folder)
+        if self.args.push_to_hub and not _internal_call and not self.pruner.attached:
+            self._push(folder, "Model save", self._about())  # of an unfinished run only the end is pushed
 
     def _save_compact(self, folder: str) -> None:
         from hf_prune.checkpoint import save_pretrained
@@ -228,15 +279,103 @@ class PruneTrainer(Trainer):
         model, report = self.pruner.baked() if self.pruner.attached else (self.model, self.report)
         save_pretrained(model, folder, report=report, processing_class=self.processing_class)
         torch.save(self.args, Path(folder) / "training_args.bin")
+        self.state.save_to_json(str(Path(folder) / STATE_FILE))
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`, once the model is finished."""
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of this run on the Hub, from process zero; one clear error where that cannot be."""
+        from hf_prune.checkpoint.hub import create_repo
+
+        _check_hub_strategy(self.args)
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            private = self.args.hub_private_repo if private is None else private
+            repo_id: Any = create_repo(name, private=private, token=token or self.args.hub_token)
+            self.hub_model_id = repo_id
+            self.push_in_progress = None
+
+    def create_model_card(self, *args: Any, **about: Any) -> None:
+        """Write the finished model and its card to the output folder; arguments as for `Trainer.create_model_card`.
+
+        What is ours to know (task, name and arguments of the data) comes from the run, whatever is given for it.
+        """
+        from hf_prune.report.card import write_card
+
+        self._require_finished("create_model_card")
+        if self.is_world_process_zero():
+            self._save_compact(str(self.args.output_dir))
+            write_card(str(self.args.output_dir), self._about(*args, **about))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **about: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, once the model is finished: saved to the output folder, and pushed in one commit.
+
+        about: as for `create_model_card`.
+        """
+        self._require_finished("push_to_hub")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._save_compact(str(self.args.output_dir))
+        return self._push(
+            str(self.args.output_dir), commit_message or "End of training", self._about(**about), blocking,
+            token=token, revision=revision, private=private,
+        )  # fmt: skip
+
+    def _push(self, folder: str, message: str, about: About, blocking: bool = True, **given: Any) -> Any:
+        """Push a saved folder; the training arguments say what `given` (token, revision, private) leaves out."""
+        from hf_prune.checkpoint.hub import push_folder
+
+        if not self.is_world_process_zero():
+            return None
+        usual = {
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "private": self.args.hub_private_repo,
+        }
+        options = usual | {name: value for name, value in given.items() if value is not None}
+        push = partial(push_folder, folder, str(self.hub_model_id), commit_message=message, about=about, **options)
+        if not blocking:
+            return HfApi().run_as_future(push)
+        try:
+            return push()
+        except PruneError as error:
+            again = f"`hf-prune push {folder} {self.hub_model_id}`"
+            raise PruneError(f"{error} The model is safe in {folder!r}; {again} pushes it.") from error
+
+    def _about(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: Any = None,
+        dataset_args: Any = None,
+    ) -> About:
+        """What the card says beside the report, under the names that `Trainer.create_model_card` has for it."""
+        from hf_prune.report.card import About
+
+        return About(
+            name=model_name, base_model=finetuned_from, datasets=_listed(dataset_tags), license=license,
+            language=_listed(language), tags=(*_listed(tags), *(getattr(self.model, "model_tags", None) or ())),
+        )  # fmt: skip
+
+    def _require_finished(self, call: str) -> None:
         if self.pruner.attached:
             raise PruneError(
-                "the model is not finished: its masks are still being trained. "
-                "Call push_to_hub after train() has ended."
+                f"the model is not finished: its masks are still being trained. Call {call} after train() has ended."
             )
-        return super().push_to_hub(*args, **kwargs)
 
     def _example_inputs(self) -> dict[str, Any]:
         """One collated batch without labels, for methods that trace the model."""
@@ -260,6 +399,10 @@ class PruneTrainer(Trainer):
         """Metrics on the validation rows, without the logs and callbacks of `evaluate`."""
         output = self.evaluation_loop(self.get_eval_dataloader(), "Validation", metric_key_prefix="eval")
         return dict(output.metrics or {})
+
+
+def _listed(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 class _PruneCallback(TrainerCallback):
@@ -294,6 +437,9 @@ def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
             f"{args.n_gpu} GPUs in one process train on copies of the model, which masks do not follow; "
             "start one process for each GPU with `accelerate launch`, or show this one a single GPU."
         )
+
+
+def _check_hub_strategy(args: TrainingArguments) -> None:
     if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
         raise PruneError(
             f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "

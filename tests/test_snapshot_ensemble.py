@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_killed_inside_a_round_and_resumed_is_bit_identical(
         assert rates == expected[-len(rates) :]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    assert resumed.report == whole.report
+    assert replace(resumed.report, training={}) == replace(whole.report, training={})  # which has the seconds it took
 
 
 def test_rates_of_the_rounds(tmp_path: Path) -> None:

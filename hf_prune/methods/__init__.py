@@ -21,8 +21,8 @@ METHODS = {
     "play_and_prune": "hf_prune.methods.play_and_prune",
     "prune_while_training": "hf_prune.methods.prune_while_training",
     "resrep": "hf_prune.methods.resrep",
-    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
     "weight_importance": "hf_prune.methods.weight_importance",
+    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

@@ -55,6 +55,7 @@ def chain(first: Report, then: Report) -> Report:
         sparsity=1.0 - kept / before["prunable"] if before["prunable"] else then.sparsity,
         layers={name: _chained(layer, then.layers.get(name)) for name, layer in first.layers.items()},
         parameters={**before, "kept": kept},
+        prices={name: {**price, "kept": then.prices.get(name, price)["kept"]} for name, price in first.prices.items()},
         frozen=first.frozen | then.frozen,
     )
 
@@ -70,7 +71,9 @@ def _chained(first: dict[str, Any], then: dict[str, Any] | None) -> dict[str, An
 
 def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
     layer = {"structure": type(structure).__name__, "units": structure.units, "kept": int(keep.sum())}
-    return {**layer, "indices": keep.nonzero()[:, 0].tolist()} if isinstance(structure, GroupUnits) else layer
+    if not isinstance(structure, GroupUnits):
+        return layer
+    return {**layer, "role": structure.group.role, "indices": keep.nonzero()[:, 0].tolist()}
 
 
 def _count(structures: Sequence[Structure], plan: Plan) -> _Weights:
