@@ -72,6 +72,8 @@ class PruneTrainer(Trainer):
             tokenizer=self.processing_class,
         )
         self.pruner.attach()
+        if self.args.torch_compile:
+            self.pruner.keep_whole("torch_compile would compile the model anew at each cut")
         self.add_callback(_PruneCallback(self.pruner))
 
     @property

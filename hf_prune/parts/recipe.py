@@ -52,13 +52,19 @@ class Recipe:
     scores: Callable[[], Mapping[str, Tensor]] | None = None
     """Structure name -> `(units,)`, higher stays."""
     measured_scores: Callable[[Calibration], Mapping[str, Tensor]] | None = None
-    """In place of `scores` where these need data: asked, in evaluation mode, each time the schedule has risen, and the
-    plan stays in between. So a schedule in steps (`schedules.staircase`) says how often the data is read."""
+    """In place of `scores` where these need data or much time: asked, in evaluation mode, each time the schedule has
+    risen, and the plan stays in between. So a schedule in steps (`schedules.staircase`) says how often."""
+    needs_data: bool = True
+    """False where `measured_scores` reads the weights alone."""
     selection: Selection | None = None
     schedule: Schedule | None = None
     """Progress -> share of the way to the goal, handed to `selection`."""
     fixed_from: float | None = None
     """Progress from which the plan no longer changes."""
+    shrink_at: Sequence[float] = ()
+    """Points of progress at which the units that the plan drops are cut out of the model for good
+    (`Pruner.shrink_now`): from there on steps cost less, and these units never come back, whatever `selection` says.
+    Gates must be `ShrinkableGate`s, such as masks over dimension groups."""
     gates: Sequence[Gate] = ()
     penalties: Mapping[str, Callable[[float], Tensor]] = field(default_factory=dict)
     """Name -> function of progress, added to the loss."""

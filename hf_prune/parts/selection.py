@@ -27,6 +27,12 @@ def floor_count(min_keep: float, units: int) -> int:
     return max(1, int(min_keep * units))
 
 
+def select_among(plan: Plan, selection: Selection, scores: Mapping[str, Tensor], share: float) -> Plan:
+    """What `selection` keeps of the units that `plan` keeps: what is gone stays gone, whatever its score is now."""
+    left = {name: score.masked_fill(~plan[name].to(score.device), -torch.inf) for name, score in scores.items()}
+    return {name: keep & plan[name].to(keep.device) for name, keep in selection(left, share).items()}
+
+
 def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> Plan:
     """`plan`, where the best units of each structure stay up to its floor."""
     return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
