@@ -14,10 +14,9 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_prune
 from hf_prune.checkpoint import save_pretrained
+from hf_prune.timing import compare, machine
 
 RESULTS = Path(__file__).parent / "results" / "storage.json"
 TINY = {
@@ -68,36 +68,34 @@ def forget(file: Path) -> None:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load_and_run(folder: Path, cached: bool) -> tuple[float, float, torch.Tensor]:
-    """Seconds to load, seconds to load and run once, and what the model said."""
+def load(folder: Path, cached: bool) -> BertForSequenceClassification:
     if not cached:
         forget(folder / "model.safetensors")
-    ids = torch.arange(INPUT_SHAPE[1]).expand(INPUT_SHAPE)
-    start = time.perf_counter()
-    model = BertForSequenceClassification.from_pretrained(folder)
-    loaded = time.perf_counter()
-    with torch.no_grad():
-        logits = model(ids).logits
-    return loaded - start, time.perf_counter() - start, logits
+    return BertForSequenceClassification.from_pretrained(folder)
+
+
+@torch.no_grad()
+def load_and_run(folder: Path, cached: bool) -> torch.Tensor:
+    """What the loaded model says."""
+    return load(folder, cached)(torch.arange(INPUT_SHAPE[1]).expand(INPUT_SHAPE)).logits
 
 
 def measure(folders: dict[str, Path], repeats: int, cached: bool) -> dict[str, dict[str, float]]:
     """Median seconds per format and their ratio to plain, the formats taken in turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
-    reference = load_and_run(folders["none"], cached)[2]
-    for _ in range(repeats):
-        for name, folder in folders.items():
-            *seconds, logits = load_and_run(folder, cached)
-            if not torch.equal(logits, reference):
-                raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
-            times[name].append((seconds[0], seconds[1]))
-    loads = {name: statistics.median(load for load, _ in pairs) for name, pairs in times.items()}
-    totals = {name: statistics.median(total for _, total in pairs) for name, pairs in times.items()}
+    reference = load_and_run(folders["none"], cached)
+    for name, folder in folders.items():
+        if not torch.equal(load_and_run(folder, cached), reference):
+            raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
+    calls = {
+        (act.__name__, name): partial(act, folders[name], cached) for act in (load, load_and_run) for name in folders
+    }
+    times = compare({" ".join(key): call for key, call in calls.items()}, rounds=repeats)
+    seconds = {key: times[" ".join(key)].median_ms / 1e3 for key in calls}
     return {
         name: {
-            "load_seconds": loads[name],
-            "load_and_first_forward_seconds": totals[name],
-            "load_and_first_forward_over_plain": totals[name] / totals["none"],
+            "load_seconds": seconds["load", name],
+            "load_and_first_forward_seconds": seconds["load_and_run", name],
+            "load_and_first_forward_over_plain": seconds["load_and_run", name] / seconds["load_and_run", "none"],
         }
         for name in folders
     }
@@ -137,7 +135,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     result = {
         "command": " ".join(["python", "benchmarks/storage.py", *sys.argv[1:]]),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "machine": {"processor": machine(), "threads": torch.get_num_threads(), "system": platform.platform()},
         "versions": {
             "hf_prune": hf_prune.__version__,
             **{module.__name__: module.__version__ for module in (torch, transformers, safetensors)},
@@ -152,11 +150,6 @@ def main() -> None:
     if not args.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(text + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
