@@ -141,6 +141,28 @@ class PruneOptimizer(torch.optim.Optimizer):
                 elif parameter in self.rules.transforms:
                     parameter.grad = self.rules.transforms[parameter](parameter.grad)
 
+    def moments(self) -> list[dict[str, Any]]:
+        """What the inner optimizers remember of each parameter, in the order of the groups; copies in main memory."""
+        states = (optimizer.state.get(parameter, {}) for optimizer, parameter in self._owned())
+        return [{key: _in_main_memory(value) for key, value in state.items()} for state in states]
+
+    def set_moments(self, moments: Sequence[Mapping[str, Any]]) -> None:
+        """Return to what `moments` gave; learning rates and all else of the groups stay."""
+        for (optimizer, parameter), saved in zip(self._owned(), moments, strict=True):
+            state = optimizer.state[parameter]
+            for key in state.keys() - saved.keys():
+                del state[key]
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                    state[key].copy_(value)  # stays on its device
+                else:
+                    state[key] = _in_main_memory(value)
+
+    def _owned(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                yield from ((optimizer, parameter) for parameter in group["params"])
+
     @contextmanager
     def _scaled_rates(self) -> Iterator[None]:
         if self.rules.lr_scale is None:
@@ -227,3 +249,7 @@ def remove_from_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
     moved = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
+
+
+def _in_main_memory(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

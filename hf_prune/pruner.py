@@ -19,6 +19,7 @@ from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_
 from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
 from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
@@ -68,6 +69,9 @@ class Pruner:
         config: the method and its settings.
         example_inputs: inputs by name for one forward pass, or a function that gives them, needed by methods that look
             at the model's graph; the model's own `dummy_inputs` where omitted.
+        data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
+            by methods that measure their scores.
+        evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
         teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
@@ -79,6 +83,8 @@ class Pruner:
         config: PruneConfig,
         example_inputs: ExampleInputs = None,
         *,
+        data: Data | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         teacher: nn.Module | str | Path | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
@@ -91,15 +97,19 @@ class Pruner:
         self.distillation = distillation or (DistillConfig() if teacher is not None else None)
         self._teacher, self._tokenizer = teacher, tokenizer
         self.graph = LazyGraph(model, example_inputs)
+        self.calibration = Calibration(model, data)
+        self._evaluate = evaluate
+        self._optimizer: PruneOptimizer | None = None
+        self._snapshot: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
         self.phase = Phase("train")
         self._step = -1
         self._progress = 0.0
+        self._share = 0.0
         self._fixed = False
         self._narrowing: Narrowing | None = None
-        self._optimizer: PruneOptimizer | None = None
         self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
@@ -125,6 +135,16 @@ class Pruner:
             teacher = load_teacher(self._teacher, self.model, self._tokenizer)
             self.distiller = Distiller([teacher], self.distillation, self.model)
         recipe = self.method.build(self.model, self.graph, self.config)
+        if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
+            raise PruneError(
+                f"method {self.config.method!r} with these settings measures its scores on data: give "
+                "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
+            )
+        if recipe.review is not None and self._evaluate is None:
+            raise PruneError(
+                f"method {self.config.method!r} looks at a metric while it prunes: give PruneTrainer one eval_dataset, "
+                "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
+            )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
@@ -193,20 +213,38 @@ class Pruner:
         self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
-            share = recipe.schedule(self._progress) if recipe.schedule else self._progress
-            self._set_plan(recipe.selection(self._scores(), share))
+            self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
             self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
+        if recipe.review is not None:
+            recipe.review(self)
+            if recipe.controller is not None:
+                self.phase = recipe.controller.phase(step)
         due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
         if due > self._cuts:
             self._cuts = due
             self.shrink_now()
 
-    def _scores(self) -> Mapping[str, Tensor]:
-        """The recipe's scores, so low for units that are gone for good that they are never taken before others."""
-        recipe = self._attached
-        scores = recipe.scores() if recipe.scores else {}
+    def _select(self, share: float) -> None:
+        """Set the plan at `share` of the way to the goal, from scores as they are now."""
+        recipe, before = self._attached, self._share
+        assert recipe.selection is not None
+        self._share = share
+        if recipe.measured_scores is None:
+            scores = recipe.scores() if recipe.scores else {}
+        elif share == 0.0:
+            return self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share == before:
+            return None
+        else:
+            with evaluating(self.model):
+                scores = recipe.measured_scores(self.calibration)
+        return self._set_plan(recipe.selection(self._lowest_where_gone(scores), share))
+
+    def _lowest_where_gone(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores so low for units that are gone for good that they are never taken before others."""
         gone = {name: ~keep for name, keep in self._alive.items()}
         return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
 
@@ -220,6 +258,32 @@ class Pruner:
         if controller is not None:
             controller.observe(metrics)
             self.phase = controller.phase(max(self._step, 0))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data; modes and random state come back as they were."""
+        assert self._evaluate is not None  # `attach` refuses methods that review a run without
+        with evaluating(self.model):
+            return dict(self._evaluate(self.model))
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer as they are, in main memory and in `state_dict`, in place of the last one."""
+        self._snapshot = {
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
+            "moments": self._optimizer.moments() if self._optimizer is not None else [],
+        }
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
+
+        Raises:
+            PruneError: no snapshot was taken.
+        """
+        if self._snapshot is None:
+            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+        self.model.load_state_dict(self._snapshot["model"])
+        if self._optimizer is not None and self._snapshot["moments"]:
+            self._optimizer.set_moments(self._snapshot["moments"])
 
     def _set_plan(self, plan: Plan) -> None:
         alive = self._alive
@@ -337,7 +401,8 @@ class Pruner:
         _, report = self._bake(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._narrowing, self._optimizer, self._last_terms = None, None, None, None, {}
+        self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
+        self._last_terms, self._snapshot = {}, None
         self.report = report
         return report
 
@@ -355,6 +420,7 @@ class Pruner:
         groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
+        report.run.update(recipe.record() if recipe.record is not None else {})
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
@@ -366,9 +432,11 @@ class Pruner:
             "config": self.config.to_json(),
             "step": self._step,
             "progress": self._progress,
+            "share": self._share,
             "fixed": self._fixed,
             "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
+            "snapshot": self._snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,7 +451,8 @@ class Pruner:
                 "Resume with that one: PruneConfig.from_json reads it."
             )
         self._step, self._progress = state["step"], state["progress"]
-        self._fixed, self._cuts = state["fixed"], state["cuts"]
+        self._share, self._fixed, self._cuts = state["share"], state["fixed"], state["cuts"]
+        self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])

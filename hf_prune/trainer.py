@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,13 @@ class PruneTrainer(Trainer):
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
         assert self.model is not None  # Trainer itself refuses to be made without one
+        several = isinstance(self.eval_dataset, dict)
         self.pruner = Pruner(
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
+            data=self._calibration_batches if self.train_dataset is not None else None,
+            evaluate=None if self.eval_dataset is None or several else self._validation_metrics,
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
@@ -158,6 +162,20 @@ class PruneTrainer(Trainer):
         with torch.random.fork_rng(devices=()):
             batch = self._prepare_inputs(next(iter(getattr(loader, "base_dataloader", loader))))
         return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """The training rows, shuffled the same way at every look; each process has its share of them.
+
+        The pruner puts torch's random state back.
+        """
+        torch.default_generator.manual_seed(self.args.seed)
+        loader = self.get_train_dataloader()
+        return map(self._prepare_inputs, getattr(loader, "base_dataloader", loader))
+
+    def _validation_metrics(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the validation rows, without the logs and callbacks of `evaluate`."""
+        output = self.evaluation_loop(self.get_eval_dataloader(), "Validation", metric_key_prefix="eval")
+        return dict(output.metrics or {})
 
 
 class _PruneCallback(TrainerCallback):

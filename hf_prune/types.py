@@ -157,6 +157,8 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     """Group name -> why it kept its size."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What the method tells of its run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""

@@ -10,9 +10,16 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "bwcp": "hf_prune.methods.bwcp",
+    "dmcp": "hf_prune.methods.dmcp",
+    "gate_decorator": "hf_prune.methods.gate_decorator",
+    "growing_regularization": "hf_prune.methods.growing_regularization",
+    "lookahead": "hf_prune.methods.lookahead",
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
+    "play_and_prune": "hf_prune.methods.play_and_prune",
     "resrep": "hf_prune.methods.resrep",
+    "weight_importance": "hf_prune.methods.weight_importance",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

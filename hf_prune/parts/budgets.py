@@ -20,6 +20,25 @@ PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
 """Goal -> price of a plan: multiply-adds per sample, parameters, bytes."""
 
 
+_PLACES = {"target_flops": 0, "target_params": 1, "target_bytes": 2}  # of each goal's price in `Prices.at`
+
+
+def share_of_sizes(graph: Graph, goal: Goal, groups: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    """What the model costs, as a share of the dense price, when `groups` have the sizes `(groups,)` given.
+
+    All other groups stay whole. Differentiable: the price is a polynomial, so sizes may be expectations.
+    """
+    names, place = list(graph.groups), _PLACES[goal.name]
+    whole = torch.tensor([float(group.size) for group in graph.groups.values()], dtype=torch.float64)
+    where, dense = torch.tensor([names.index(group) for group in groups]), graph.prices.at(whole)[place]
+
+    def share(sizes: Tensor) -> Tensor:
+        at = whole.to(sizes.device).index_copy(0, where.to(sizes.device), sizes.double())
+        return graph.prices.at(at)[place] / dense.to(sizes.device)
+
+    return share
+
+
 def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
     """The most units, highest scores first, whose price is at most the goal's share of the dense price.
 
@@ -28,7 +47,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     """
     price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
     dense = price(graph, None)
-    _require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
+    require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
@@ -49,7 +68,8 @@ def _floors_alone(structures: Sequence[Structure], floors: Mapping[str, int]) ->
     return {s.name: torch.arange(s.units) < floors[s.name] for s in structures}
 
 
-def _require_reachable(goal: Goal, least: float) -> None:
+def require_reachable(goal: Goal, least: float) -> None:
+    """Raise where the cheapest plan, which costs the share `least` of the dense model, is dearer than the goal."""
     if least > goal.kept(1.0):
         raise PruneError(
             f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_prune.parts.gates import Gate
 from hf_prune.parts.selection import Selection
+from hf_prune.parts.statistics import Calibration
 from hf_prune.types import Phase, Schedule, Structure
 
 
@@ -21,13 +22,26 @@ class Controller(Protocol):
         """What trains in the optimizer step that comes next."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """`progress` and `sparsity` after every optimizer step; evaluation metrics after every evaluation."""
+        """After an optimizer step `step`, `total_steps`, `progress`, `sparsity`; after an evaluation its metrics."""
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs; plain numbers, strings and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+
+class GuardedRun(Protocol):
+    """What a review may ask of the run: `Pruner`."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data."""
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer."""
+
+    def rollback(self) -> None:
+        """Return to the last snapshot."""
 
 
 @dataclass
@@ -37,6 +51,11 @@ class Recipe:
     structures: Sequence[Structure] = ()
     scores: Callable[[], Mapping[str, Tensor]] | None = None
     """Structure name -> `(units,)`, higher stays."""
+    measured_scores: Callable[[Calibration], Mapping[str, Tensor]] | None = None
+    """In place of `scores` where these need data or much time: asked, in evaluation mode, each time the schedule has
+    risen, and the plan stays in between. So a schedule in steps (`schedules.staircase`) says how often."""
+    needs_data: bool = True
+    """False where `measured_scores` reads the weights alone."""
     selection: Selection | None = None
     schedule: Schedule | None = None
     """Progress -> share of the way to the goal, handed to `selection`."""
@@ -59,5 +78,9 @@ class Recipe:
     passes: Callable[[Any, nn.Module, Mapping[str, Any]], Tensor] | None = None
     """`(pruner, model, inputs) -> loss`, in place of the single forward pass. `model` is the one to call: it may wrap
     the pruned one (DDP, compile). `pruner.loss` adds distillation and penalties to the task loss of a pass."""
+    review: Callable[[GuardedRun], None] | None = None
+    """Called after each optimizer step, once plan and phase have moved; decides from synchronised numbers only."""
+    record: Callable[[], Mapping[str, Any]] | None = None
+    """What the report shall tell of the run, in plain JSON types."""
     frozen: Sequence[str] = ()
     """Parameters that do not train in this run at all."""

@@ -1,0 +1,33 @@
+"""Tables that documents, cards and the command line show, made from what the program knows; nothing typed twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_prune import methods
+
+
+def methods_table() -> list[dict[str, Any]]:
+    """One row a method of `METHODS`: its name, paper, goals, status of the paper's text, whether it trains."""
+    return [_row(name) for name in methods.METHODS]
+
+
+def _row(name: str) -> dict[str, Any]:
+    module = methods.load(name)
+    paper = module.PAPER
+    return {
+        "method": name,
+        "config": module.Config.__name__,
+        "summary": (module.__doc__ or "").split("\n", 1)[0],
+        "title": paper.title,
+        "cite": f"{_first_author(paper.authors)} {paper.year}",
+        "arxiv": paper.arxiv,
+        "status": paper.status,
+        "goals": list(module.GOALS),
+        "needs_training": module.NEEDS_TRAINING,
+    }
+
+
+def _first_author(authors: str) -> str:
+    names = [name.strip() for name in authors.replace(" and ", ", ").split(",") if name.strip()]
+    return names[0].split()[-1] + (" et al." if len(names) > 1 else "")
