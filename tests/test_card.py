@@ -25,6 +25,17 @@ from hf_prune.testing import tiny_text_model
 from hf_prune.types import CheckpointError, Report
 
 SPLITS = {"validation": "eval", "test": "test"}
+SECTIONS = [
+    "# tiny",
+    "## Use",
+    "## Size and speed",
+    "## Results",
+    "## Training",
+    "## Pruning",
+    "## Limits",
+    "## Citation",
+]
+CARDS = sorted((Path(__file__).parent.parent / "model_cards").glob("*.md"))
 LATENCY = {
     "machine": "a test machine",
     "dense": {"median_ms": 2.0, "low_ms": 1.5, "high_ms": 2.5},
@@ -110,6 +121,7 @@ def test_text(folder: Path, trainer: PruneTrainer) -> None:
         assert part in text
     assert all(f"`{name}`" in text for name in report.layers)
     assert "latency" not in text.lower()
+    assert re.findall("^#+ .*$", text.replace("# before", "before"), re.MULTILINE) == SECTIONS
 
 
 def test_its_code_block_runs(folder: Path) -> None:
@@ -146,6 +158,16 @@ def test_every_method_has_what_a_card_prints(method: str, tmp_path: Path) -> Non
     hf_prune.save_pretrained(tiny_text_model(), tmp_path / "x", report)
     text = str(make_card(tmp_path / "x"))
     assert metadata_errors(text) == [] and module.PAPER.title in text and "\n@" in text
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_cards_of_the_demo_models(path: Path) -> None:
+    text = path.read_text()
+    assert GENERATED in text and metadata_errors(text) == []
+    assert re.findall("^#+ .*$", text.replace("# before", "before"), re.MULTILINE)[1:] == SECTIONS[1:]
+    results = ModelCard(text).data.eval_results
+    assert {each.dataset_split for each in results} == {"validation", "test"}
+    assert all(f"| {each.metric_type} | {each.metric_value:.4f} |" in text for each in results)
 
 
 def test_written_where_asked(folder: Path, tmp_path: Path) -> None:

@@ -422,7 +422,7 @@ def test_command_line(hub: HubServer, tmp_path: Path) -> None:
     assert ModelCard(hub.files(REPO, "v2")["README.md"].decode()).data.base_model == "someone/dense"
     hub.fail("POST", "/create", status=401)
     done = CliRunner().invoke(app, ["push", str(folder), "pruned"])
-    assert done.exit_code == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.exit_code == 1 and done.stdout == "" and done.stderr.strip().count("\n") == 0
     assert "run `hf auth login` again" in done.stderr
     done = CliRunner().invoke(app, ["push", str(tmp_path / "nothing"), "pruned"])
     assert done.exit_code == 1 and "must hold config.json" in done.stderr

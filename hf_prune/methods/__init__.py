@@ -20,6 +20,7 @@ METHODS = {
     "play_and_prune": "hf_prune.methods.play_and_prune",
     "resrep": "hf_prune.methods.resrep",
     "weight_importance": "hf_prune.methods.weight_importance",
+    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

@@ -201,9 +201,10 @@ def _use(saved: _Folder, name: str) -> str:
 def _sizes(saved: _Folder) -> Iterator[str]:
     report = saved.report
     yield from _head("", "dense", "this model", "kept")
-    counts: dict[str, Mapping[str, float]] = {
-        "prunable weights": {"dense": report.parameters["prunable"], "kept": report.parameters["kept"]}
-    }
+    total, prunable, left = (report.parameters[name] for name in ("dense", "prunable", "kept"))
+    counts: dict[str, Mapping[str, float]] = {"prunable weights": {"dense": prunable, "kept": left}}
+    if "parameters" not in report.prices:  # removed weights stay as zeros
+        counts["parameters that are not pruned away"] = {"dense": total, "kept": total - prunable + left}
     labels = {"multiply_adds": "multiply-adds per sample", "parameters": "parameters", "bytes": "bytes of parameters"}
     counts |= {labels[kind]: price for kind, price in report.prices.items()}
     for label, price in counts.items():
@@ -239,6 +240,7 @@ def _training(report: Report) -> str:
     facts |= {f"training {name}": data[name] for name in ("name", "rows") if data.get(name)}
     distillation = facts.pop("distillation", None) or {}
     facts |= {f"distillation {name}": value for name, value in distillation.items()}
+    facts |= {name: value for name, value in report.run.items() if isinstance(value, (str, int, float))}
     rows = [_row(name.replace("_", " "), value) for name, value in facts.items() if value is not None]
     return "\n".join(["## Training\n", *_head("", ""), *rows]) if rows else ""
 
