@@ -118,6 +118,19 @@ def test_the_table_is_kept_on_disk(tmp_path: Path) -> None:
     assert Latency(model, graph.inputs, graph.flow, graph.axes, Counting()).at(plan) == first.at(plan)
 
 
+def test_noise_does_not_pay_for_narrowing(tmp_path: Path) -> None:
+    """A narrow operation that measured slower than a wider one counts as fast as that."""
+    graph, slow = trace(tiny_image_model(), PIXELS), torch.tensor([9.0, 1.0, 2.0, 3.0])
+
+    def measure(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        rows = {name: float(slow[place % 4]) for place, name in enumerate(functions)}
+        return rows if len(rows) > 1 else dict.fromkeys(rows, 100.0)
+
+    found = Latency(graph.model, graph.inputs, graph.flow, graph.axes, measure, tmp_path)
+    least = {name: torch.arange(group.size) < 1 for name, group in graph.groups.items()}
+    assert found.at(least) < found.at() == found.dense
+
+
 def test_operations_that_cannot_run_alone_count_in_the_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(self: Any, sizes: Any, device: Any) -> Callable[[], Any]:
         raise RuntimeError("not out of its place")
@@ -157,7 +170,8 @@ def test_a_machine_on_which_nothing_fits_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_a_measured_plan_stays_and_a_resumed_run_finds_it_again(counting: Counting) -> None:
     def run() -> Pruner:
-        pruner = Pruner(tiny_image_model(), MagnitudeConfig(target_latency=0.6, end=0.5), PIXELS)
+        model = tiny_image_model(hidden_sizes=[32, 64])
+        pruner = Pruner(model, MagnitudeConfig(target_latency=0.6, end=0.5), PIXELS)
         pruner.attach()
         for step in range(6):
             pruner.step(step, 10)

@@ -164,7 +164,7 @@ class Latency:
         work = _work_of(flow, set(axes.values()))
         known = _on_first_process(lambda: self._measured(work))
         self.dense: float = known[self._name]
-        runs = [(each, [known[each.key(point)] for point in each.points()]) for each in work if each.key({}) in known]
+        runs = [(each, _rising(each, known)) for each in work if each.key({}) in known]
         self._work = [(each, table) for each, table in runs if each.widths]
         whole = sum(table[-1] for _, table in runs)
         # What lies beside the operations does not shrink with them; operations that take less in company do.
@@ -255,6 +255,15 @@ class Latency:
                 stacklevel=2,
             )
         return best[1]
+
+
+def _rising(work: _Work, known: Mapping[str, float]) -> list[float]:
+    """The measured grid of `work`, where no point takes longer than a wider one: noise must not pay for narrowing."""
+    table = torch.tensor([known[work.key(point)] for point in work.points()], dtype=torch.float64)
+    table = table.view([len(FRACTIONS)] * len(work.widths))
+    for dim in range(table.ndim):
+        table = table.flip(dim).cummin(dim).values.flip(dim)
+    return table.flatten().tolist()
 
 
 def _work_of(flow: Any, free: set[Axis]) -> list[_Work]:
