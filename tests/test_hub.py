@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -426,3 +427,32 @@ def test_command_line(hub: HubServer, tmp_path: Path) -> None:
     assert "run `hf auth login` again" in done.stderr
     done = CliRunner().invoke(app, ["push", str(tmp_path / "nothing"), "pruned"])
     assert done.exit_code == 1 and "must hold config.json" in done.stderr
+
+
+# The guide
+
+GUIDE = Path(__file__).parent.parent / "docs/sharing.md"
+
+
+def test_the_guide_runs_as_it_stands(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks in their order; "me" is the user of the loopback Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    names: dict[str, Any] = {
+        "model": tiny_text_model(), "dense": tiny_text_model(), "rows": rows(), "tokenizer": tokenizer(),
+        "batch": {"input_ids": torch.zeros(2, 5, dtype=torch.long)},
+    }  # fmt: skip
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", GUIDE.read_text().replace("me/", "someone/"), re.DOTALL)
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, GUIDE.name, "exec"), names)
+        else:
+            done = CliRunner().invoke(app, block.split()[1:])
+            assert block.startswith("hf-prune ") and done.exit_code == 0, done.output
+    assert [language for language, _ in blocks] == ["python", "python", "sh", "python", "python"]
+    assert hub.repos["someone/name"].private and len(hub.repos["someone/trained"].branches["main"]) == 3
+    pushed = ModelCard(hub.files("someone/trained")["README.md"].decode()).data
+    assert pushed.eval_results and pushed.license == "apache-2.0"
+    assert names["model"].config._name_or_path == "someone/name"
+    assert ModelCard((tmp_path / "out/README.md").read_text()).data.base_model == "someone/dense"
