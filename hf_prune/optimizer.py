@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_prune.graph import select
 from hf_prune.types import PruneError
 
 OWN_STATE = "hf_prune"
@@ -175,6 +176,39 @@ class PruneOptimizer(torch.optim.Optimizer):
         finally:
             for group, rate in rates:
                 group["lr"] = rate
+
+    def obstacle(self) -> str | None:
+        """Why `slice` cannot cut the state, if something in it is neither a number nor like its parameter."""
+        for optimizer in self._all:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+                    if isinstance(value, (list, dict)) or shape not in (None, (), (1,), tuple(parameter.shape)):
+                        kind = f"of shape {shape}" if shape else "that is no tensor"
+                        return (
+                            f"{type(optimizer).__name__} keeps {name!r} {kind} for a parameter of shape "
+                            f"{tuple(parameter.shape)}, which does not say what belongs to which unit"
+                        )
+        return None
+
+    @torch.no_grad()
+    def slice(self, parameter: nn.Parameter, shape: tuple[int, ...], indices: Sequence[Tensor]) -> None:
+        """Keep the given indices of each dimension of what the state has in `shape`, the parameter's before its cut."""
+        self._rewrite_moments(parameter, shape, lambda moment: select(moment, indices))
+
+    @torch.no_grad()
+    def erase(self, parameter: nn.Parameter, keep: Tensor) -> None:
+        """Set what the state has for entries that `keep` drops to zero; bool, of the shape of `parameter`."""
+        self._rewrite_moments(parameter, tuple(parameter.shape), lambda moment: torch.where(keep, moment, 0.0))
+
+    def _rewrite_moments(
+        self, parameter: nn.Parameter, shape: tuple[int, ...], rewrite: Callable[[Tensor], Tensor]
+    ) -> None:
+        for optimizer in self._all:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == shape:
+                    state[name] = rewrite(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The user's optimizer's state, and under one more key that of the rest."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
+from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
-from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
+from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
+from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.rounds import Build, Round
 from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
@@ -27,6 +29,8 @@ from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
     from hf_prune.graph import Graph
+
+_ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
 
 
 ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
@@ -71,9 +75,11 @@ class Pruner:
         data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
             by methods that measure their scores.
         evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
-        teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
+        teacher: a model, a folder, a Hub id, or "self", or several of them, whose probabilities are averaged; None for
+            no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
+        build: in place of the method's own, for one of its rounds.
     """
 
     def __init__(
@@ -84,17 +90,19 @@ class Pruner:
         *,
         data: Data | None = None,
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        teacher: nn.Module | str | Path | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
+        build: Build | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.method = methods.load(config.method)
         _check_goal(config, self.method)
-        if distillation is not None and teacher is None:
+        self._teachers = _listed(teacher)
+        if distillation is not None and not self._teachers:
             raise PruneError("distillation needs a teacher: a model, a folder, a Hub id or 'self'.")
-        self.distillation = distillation or (DistillConfig() if teacher is not None else None)
-        self._teacher, self._tokenizer = teacher, tokenizer
+        self.distillation = distillation or (DistillConfig() if self._teachers else None)
+        self._tokenizer, self._build = tokenizer, build or self.method.build
         self.graph = LazyGraph(model, example_inputs)
         self.calibration = Calibration(model, data)
         self._evaluate = evaluate
@@ -108,6 +116,8 @@ class Pruner:
         self._progress = 0.0
         self._share = 0.0
         self._fixed = False
+        self._narrowing: Narrowing | None = None
+        self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
     @property
@@ -120,6 +130,16 @@ class Pruner:
         """Whether the method runs the model itself, several times a batch: `batch_loss` instead of model and `loss`."""
         return self._attached.passes is not None
 
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The runs that the method is made of, where it is made of several."""
+        return self._attached.rounds
+
+    def as_own(self, report: Report) -> Report:
+        """`report` of a run that this one's method has made, under this one's method, config and paper."""
+        config, paper = self.config.to_dict(), asdict(self.method.PAPER)
+        return replace(report, method=self.config.method, config=config, paper=paper)
+
     def attach(self) -> None:
         """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
 
@@ -128,11 +148,11 @@ class Pruner:
         """
         if self.attached or self.report is not None:
             raise PruneError("this Pruner was attached before; make a new one for another run.")
-        if self.distillation is not None and self._teacher is not None:
-            teacher = load_teacher(self._teacher, self.model, self._tokenizer)
-            self.distiller = Distiller([teacher], self.distillation, self.model)
-        recipe = self.method.build(self.model, self.graph, self.config)
-        if recipe.measured_scores is not None and not self.calibration.given:
+        if self.distillation is not None:
+            teachers = [load_teacher(each, self.model, self._tokenizer) for each in self._teachers]
+            self.distiller = Distiller(teachers, self.distillation, self.model)
+        recipe = self._build(self.model, self.graph, self.config)
+        if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
             raise PruneError(
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
                 "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
@@ -147,6 +167,7 @@ class Pruner:
         with restored_on_error(self.model):
             for gate in recipe.gates:
                 gate.insert(self.model)
+            self._narrowing = _narrowing(self.model, self.graph, recipe, self.config)
         self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -206,6 +227,7 @@ class Pruner:
         if total_steps < 1:
             raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._fixed = self._fixed and step > self._step  # a run that starts again selects again
+        self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
@@ -217,20 +239,35 @@ class Pruner:
             recipe.review(self)
             if recipe.controller is not None:
                 self.phase = recipe.controller.phase(step)
+        due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
+        if due > self._cuts:
+            self._cuts = due
+            self.shrink_now()
 
     def _select(self, share: float) -> None:
         """Set the plan at `share` of the way to the goal, from scores as they are now."""
-        recipe = self._attached
+        recipe, before = self._attached, self._share
         assert recipe.selection is not None
+        self._share = share
         if recipe.measured_scores is None:
-            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
+            scores = recipe.scores() if recipe.scores else {}
         elif share == 0.0:
-            self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
-        elif share != self._share:
+            return self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share == before:
+            return None
+        else:
             with evaluating(self.model):
                 scores = recipe.measured_scores(self.calibration)
-            self._set_plan(recipe.selection(scores, share))
-        self._share = share
+        return self._set_plan(recipe.selection(self._lowest_where_gone(scores), share))
+
+    def _lowest_where_gone(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores so low for units that are gone for good that they are never taken before others."""
+        gone = {name: ~keep for name, keep in self._alive.items()}
+        return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
+
+    @property
+    def _alive(self) -> Plan:
+        return self._narrowing.alive if self._narrowing is not None else {}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
@@ -246,7 +283,7 @@ class Pruner:
             return dict(self._evaluate(self.model))
 
     def snapshot(self) -> None:
-        """Remember model and optimizer as they are now, in main memory and in `state_dict`, in place of the last one."""
+        """Remember model and optimizer as they are, in main memory and in `state_dict`, in place of the last one."""
         self._snapshot = {
             "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
             "moments": self._optimizer.moments() if self._optimizer is not None else [],
@@ -257,17 +294,51 @@ class Pruner:
         """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
 
         Raises:
-            PruneError: no snapshot was taken.
+            PruneError: no snapshot was taken, or the model was cut after it.
         """
         if self._snapshot is None:
-            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+            raise PruneError(
+                "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
+            )
         self.model.load_state_dict(self._snapshot["model"])
         if self._optimizer is not None and self._snapshot["moments"]:
             self._optimizer.set_moments(self._snapshot["moments"])
 
     def _set_plan(self, plan: Plan) -> None:
+        alive = self._alive
         for gate in self._attached.gates:
-            gate.set_keep(plan[gate.name])
+            gate.set_keep(plan[gate.name] & alive[gate.name] if gate.name in alive else plan[gate.name])
+
+    def shrink_now(self, plan: Plan | None = None) -> None:
+        """Cut units out of the model, the optimizer's state and the gates for good, while the run goes on.
+
+        Training goes on as if the units were masked, at lower cost (dropout draws other numbers for other shapes).
+        Plans, scores and the report stay in units of the model as it was attached; parameters, parameter groups and
+        gates stay the same objects. Units of groups under LayerNorm-like statistics and of head widths, whose cut is
+        not exact or moves a scale into weights, stay as zeros until `finalize`; so do all when several processes train,
+        after `keep_whole`, and where the optimizer's state has no part for each unit.
+
+        plan: the units that stay, of any groups; what the gates keep now, where omitted.
+
+        Raises:
+            PruneError: the method has gates that cannot be cut, or the model would not run: the units are masked only.
+        """
+        narrowing = self._narrowing if self._attached else None
+        if narrowing is None:
+            raise PruneError(
+                f"method {self.config.method!r} has no masks over dimension groups that could be cut while it runs; "
+                "its units are removed by finalize()."
+            )
+        if plan is not None:
+            narrowing.check(plan)
+            self._set_plan({**self.plan, **plan})
+        narrowing.cut(self.plan, self._optimizer)
+        self._snapshot = None  # of a model of other shapes
+
+    def keep_whole(self, reason: str) -> None:
+        """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""
+        if self._attached.shrink_at and self._narrowing is not None:
+            self._narrowing.keep_whole(reason)
 
     @property
     def plan(self) -> Plan:
@@ -352,12 +423,23 @@ class Pruner:
         Where it raises, no score or mask is lost, and it can be called again.
         """
         _, report = self._bake(self.model)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._last_terms = None, None, {}
-        self._optimizer, self._snapshot = None, None
+        self._release()
         self.report = report
         return report
+
+    def _release(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
+        self._last_terms, self._snapshot = {}, None
+
+    def detach(self) -> None:
+        """Take the gates out again, before any step was made: the model is the plain one that it was."""
+        for gate in self._attached.gates:
+            gate.fold(self.model)
+        if self._narrowing is not None:
+            self._narrowing.finish(self.model)
+        self._release()
 
     def _bake(self, model: nn.Module) -> tuple[nn.Module, Report]:
         recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
@@ -368,6 +450,8 @@ class Pruner:
                 gate.fold(model)
         finally:
             model.train(was_training)
+        if self._narrowing is not None:
+            self._narrowing.finish(model)
         groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
@@ -401,6 +485,7 @@ class Pruner:
             "progress": self._progress,
             "share": self._share,
             "fixed": self._fixed,
+            "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
             "snapshot": self._snapshot,
         }
@@ -417,7 +502,7 @@ class Pruner:
                 "Resume with that one: PruneConfig.from_json reads it."
             )
         self._step, self._progress = state["step"], state["progress"]
-        self._share, self._fixed = state["share"], state["fixed"]
+        self._share, self._fixed, self._cuts = state["share"], state["fixed"], state["cuts"]
         self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
@@ -440,6 +525,26 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     table = shrink(model, graph.traced, plan)
     if isinstance(model, PreTrainedModel):
         mark(model, table)
+
+
+def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
+    """What can cut units out during the run, where every gate allows it."""
+    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
+    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
+    if structures and len(gates) == len(recipe.gates):
+        return Narrowing(model, graph.traced, structures, gates)
+    if recipe.shrink_at:
+        raise PruneError(
+            f"method {config.method!r} wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its "
+            "gates are masks over dimension groups."
+        )
+    return None
+
+
+def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
+    if teacher is None:
+        return []
+    return [teacher] if isinstance(teacher, (nn.Module, str, Path)) else list(teacher)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,15 +12,27 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy, PredictionOutput
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import HubStrategy, PredictionOutput, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer
-from hf_prune.parts.distillation import DistillConfig
+from hf_prune.parts.distillation import DistillConfig, Teacher
+from hf_prune.parts.rounds import Build, Round
 from hf_prune.pruner import Pruner
+from hf_prune.report import chain
 from hf_prune.report.origin import describe_dataset, describe_training, scores
 from hf_prune.report.reading import STATE_FILE
+from hf_prune.rounds import RoundFolders
 from hf_prune.types import PruneError, Report
 
 if TYPE_CHECKING:
@@ -33,7 +46,7 @@ class PruneTrainer(Trainer):
 
     Args:
         pruning: the method and its settings.
-        teacher: a model, a folder, a Hub id or "self" to distil from; None for none.
+        teacher: a model, a folder, a Hub id or "self" to distil from, or several of them; None for none.
         distillation: weights of the distillation terms; the defaults where only `teacher` is given.
         *args, **kwargs: as for `transformers.Trainer`.
 
@@ -45,7 +58,7 @@ class PruneTrainer(Trainer):
         self,
         *args: Any,
         pruning: PruneConfig,
-        teacher: nn.Module | str | Path | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
         distillation: DistillConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -59,9 +72,24 @@ class PruneTrainer(Trainer):
                 "DeepSpeed and FSDP shard the weights that masks are made of, which PruneTrainer does not support; "
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
+        self.pruner = self._attached_pruner(pruning, teacher, distillation)
+        self._teacher, self._distillation, self._rounds = teacher, distillation, self.pruner.rounds
+        if self._rounds and (complaint := _rounds_complaint(self.model, self.optimizer)):
+            self.pruner.detach()
+            raise PruneError(complaint)
+        self._progress = _PruneCallback(self.pruner)
+        self.add_callback(self._progress)
+
+    def _attached_pruner(
+        self,
+        pruning: PruneConfig,
+        teacher: Teacher | Sequence[Teacher] | None,
+        distillation: DistillConfig | None,
+        build: Build | None = None,
+    ) -> Pruner:
         assert self.model is not None  # Trainer itself refuses to be made without one
         several = isinstance(self.eval_dataset, dict)
-        self.pruner = Pruner(
+        pruner = Pruner(
             self.model,
             pruning,
             example_inputs=self._example_inputs if self.train_dataset is not None else None,
@@ -70,29 +98,47 @@ class PruneTrainer(Trainer):
             teacher=teacher,
             distillation=distillation,
             tokenizer=self.processing_class,
+            build=build,
         )
-        self.pruner.attach()
-        self.add_callback(_PruneCallback(self.pruner))
+        pruner.attach()
+        if self.args.torch_compile:
+            pruner.keep_whole("torch_compile would compile the model anew at each cut")
+        return pruner
 
     @property
     def report(self) -> Report | None:
         """What the finished run did; None before `train()` has ended."""
         return self.pruner.report
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; the model is finalized at the end, after the best checkpoint was loaded."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; the model is finalized at the end, after the best checkpoint was loaded.
+
+        Methods in rounds write each round to a folder of its own in `output_dir`, and resume inside one.
+        """
         if not self.pruner.attached:
             raise PruneError(
                 "this PruneTrainer has finished its run; use transformers.Trainer to fine-tune the pruned model, "
                 "or a new PruneTrainer to prune it further."
             )
+        if self._rounds:
+            if not self.pruner.rounds:
+                raise PruneError(
+                    "this PruneTrainer was stopped inside a round; make a new one with the model as it was in the "
+                    "beginning, and train(resume_from_checkpoint=True)."
+                )
+            output = self._train_rounds(resume_from_checkpoint, *args, **kwargs)
+        else:
+            output = self._train_once(resume_from_checkpoint, *args, **kwargs)
+        if self.args.push_to_hub:
+            self.save_model()
+        return output
+
+    def _train_once(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
         self._complete(self.pruner.finalize())
         # The optimizer and every wrapper still hold parameters that the plain model no longer has.
         self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.pruner.model
         self.accelerator.free_memory()
-        if self.args.push_to_hub:
-            self.save_model()
         return output
 
     def _complete(self, report: Report) -> None:
@@ -131,6 +177,49 @@ class PruneTrainer(Trainer):
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._note(metric_key_prefix, test_dataset, output.metrics or {})
         return output
+
+    def _train_rounds(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        whole, arguments, rounds = self.pruner, self.args, self._rounds
+        folders = RoundFolders(str(arguments.output_dir), len(rounds))
+        start, checkpoint = folders.resume_point(resume) if resume else (0, None)
+        whole.detach()
+        assert self.model is not None
+        if resume:
+            folders.restore(start, self.model)
+        else:
+            self._save_snapshot(folders, 0)
+        report = folders.report(start)
+        try:
+            for index, each in enumerate(rounds[start:], start):
+                self._begin_round(each, folders, index)
+                self.args = _with(arguments, output_dir=str(folders.round(index)), **each.arguments)
+                set_seed(arguments.seed + index)  # so that a round goes the same way in a new process
+                output = self._train_once(checkpoint, *args, **kwargs)
+                assert self.report is not None
+                report, checkpoint = chain(report, self.report) if report else self.report, None
+                self.pruner.report = whole.as_own(report)
+                if index + 1 < len(rounds):
+                    self._save_snapshot(folders, index + 1)
+        finally:
+            self.args = arguments
+        return output
+
+    def _begin_round(self, each: Round, folders: RoundFolders, index: int) -> None:
+        assert self.model is not None
+        teacher, distillation = self._teacher, self._distillation
+        if each.taught is not None:
+            teacher, distillation = [folders.load(i, like=self.model) for i in range(index + 1)], each.taught
+        elif teacher == "self":  # as it was in the beginning
+            teacher = folders.load(0, like=self.model)
+        self.pruner = self._attached_pruner(each.pruning, teacher, distillation, each.build)
+        self._progress.pruner = self.pruner
+
+    def _save_snapshot(self, folders: RoundFolders, index: int) -> None:
+        if self.args.should_save:
+            if index == 0:
+                folders.clear()
+            self._save_compact(str(folders.snapshot(index)))
+        self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, wrapped once."""
@@ -356,6 +445,29 @@ def _check_hub_strategy(args: TrainingArguments) -> None:
             f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "
             f"can read; set hub_strategy={FINAL_HUB_STRATEGY.value!r}."
         )
+
+
+def _rounds_complaint(model: Any, optimizer: Any) -> str | None:
+    """Why the model cannot be trained in rounds, if so."""
+    if not isinstance(model, PreTrainedModel):
+        return f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
+    if optimizer is not None:
+        return (
+            "each round has an optimizer of its own; instead of optimizers=(...), set optim and learning_rate in the "
+            "training arguments."
+        )
+    return None
+
+
+def _with(arguments: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """A copy with other values, in the types that `TrainingArguments` gives them."""
+    kinds = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
+    copied = copy.copy(arguments)
+    for name, value in changes.items():
+        if not hasattr(copied, name):
+            raise PruneError(f"a round sets the training argument {name!r}, which TrainingArguments does not have.")
+        setattr(copied, name, kinds[name](value) if name in kinds else value)
+    return copied
 
 
 def _check_warmup(args: TrainingArguments, max_steps: int) -> None:

@@ -126,6 +126,7 @@ def record_on(
         run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
     )
     with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
+        vars(model).pop("forward", None)  # accelerate puts one with autocast before the model's own
         model.train()  # modules that cache what they made of their weights drop it when training begins
         model.eval()
         tag(model)

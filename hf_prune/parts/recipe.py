@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from hf_prune.parts.gates import Gate
 from hf_prune.parts.selection import Selection
 from hf_prune.parts.statistics import Calibration
 from hf_prune.types import Phase, Schedule, Structure
+
+if TYPE_CHECKING:
+    from hf_prune.parts.rounds import Round
 
 
 class Controller(Protocol):
@@ -52,13 +55,19 @@ class Recipe:
     scores: Callable[[], Mapping[str, Tensor]] | None = None
     """Structure name -> `(units,)`, higher stays."""
     measured_scores: Callable[[Calibration], Mapping[str, Tensor]] | None = None
-    """In place of `scores` where these need data: asked, in evaluation mode, each time the schedule has risen, and the
-    plan stays in between. So a schedule in steps (`schedules.staircase`) says how often the data is read."""
+    """In place of `scores` where these need data or much time: asked, in evaluation mode, each time the schedule has
+    risen, and the plan stays in between. So a schedule in steps (`schedules.staircase`) says how often."""
+    needs_data: bool = True
+    """False where `measured_scores` reads the weights alone."""
     selection: Selection | None = None
     schedule: Schedule | None = None
     """Progress -> share of the way to the goal, handed to `selection`."""
     fixed_from: float | None = None
     """Progress from which the plan no longer changes."""
+    shrink_at: Sequence[float] = ()
+    """Points of progress at which the units that the plan drops are cut out of the model for good
+    (`Pruner.shrink_now`): from there on steps cost less, and these units never come back, whatever `selection` says.
+    Gates must be `ShrinkableGate`s, such as masks over dimension groups."""
     gates: Sequence[Gate] = ()
     penalties: Mapping[str, Callable[[float], Tensor]] = field(default_factory=dict)
     """Name -> function of progress, added to the loss."""
@@ -78,3 +87,5 @@ class Recipe:
     """What the report shall tell of the run, in plain JSON types."""
     frozen: Sequence[str] = ()
     """Parameters that do not train in this run at all."""
+    rounds: Sequence[Round] = ()
+    """Runs in a row that `PruneTrainer` makes instead of one with the parts above (see `parts.rounds`)."""

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.graph.writers import LAYERS
 from hf_prune.types import PruneError
+
+K = TypeVar("K")
 
 Batch = Mapping[str, Any]
 
@@ -90,7 +92,7 @@ class RunningMean:
     def update(self, observed: Tensor) -> None:
         """Add the observations of one batch."""
         total, count = self.reduce(observed.detach())
-        total = total.to(_widest(total.device))
+        total = total.to(widest(total.device))
         self.total = total if self.total is None else self.total + total
         self.count += count
 
@@ -119,12 +121,13 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return sum_over_processes(values) / sum_over_processes(torch.ones((), device=values.device))
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise type that the device has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
-def gather(model: nn.Module, batches: Iterable[Batch], points: Mapping[str, Point]) -> dict[str, Tensor]:
+def gather(model: nn.Module, batches: Iterable[Batch], points: Mapping[K, Point]) -> dict[K, Tensor]:
     """The mean at each point, by the point's name. Runs the model as it is; its hooks are gone afterwards.
 
     Tokens that `attention_mask` rules out are no observations.
@@ -168,13 +171,19 @@ def rows(observed: Tensor) -> Tensor:
 def mean(observed: Tensor) -> tuple[Tensor, int]:
     """Of each channel, `(C,)`."""
     flat = rows(observed)
-    return flat.sum(0, dtype=_widest(flat.device)), len(flat)
+    return flat.sum(0, dtype=widest(flat.device)), len(flat)
+
+
+def mean_absolute(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean absolute value of each channel, `(C,)`."""
+    flat = rows(observed)
+    return flat.abs().sum(0, dtype=widest(flat.device)), len(flat)
 
 
 def second_moment(observed: Tensor) -> tuple[Tensor, int]:
     """Mean square of each channel, `(C,)`."""
     flat = rows(observed)
-    return flat.square().sum(0, dtype=_widest(flat.device)), len(flat)
+    return flat.square().sum(0, dtype=widest(flat.device)), len(flat)
 
 
 def active(observed: Tensor) -> tuple[Tensor, int]:
@@ -186,7 +195,7 @@ def active(observed: Tensor) -> tuple[Tensor, int]:
 def moments(observed: Tensor) -> tuple[Tensor, int]:
     """First and second moments together, `(C + 1, C + 1)`; `mean_and_covariance` takes them apart."""
     flat = rows(observed)
-    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1).to(_widest(flat.device))
+    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1).to(widest(flat.device))
     return flat.T @ flat, len(flat)
 
 
