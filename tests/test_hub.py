@@ -74,6 +74,33 @@ def commits(hub: HubServer, branch: str = "main") -> list[str]:
     return [commit.message for commit in hub.repos[REPO].branches[branch][1:]] if REPO in hub.repos else []
 
 
+# The server itself
+
+
+def test_the_server_answers_as_a_hub_does(hub: HubServer, tmp_path: Path) -> None:
+    api = HfApi()
+    assert api.whoami()["name"] == "someone" and not api.repo_exists(REPO)
+    api.create_repo("pruned")
+    for token, status in ((None, 409), ("wrong", 401)):
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as error:
+            HfApi(token=token).create_repo(REPO)
+        assert error.value.response.status_code == status
+    folder = saved(tmp_path / "a")
+    first = api.upload_folder(repo_id=REPO, folder_path=folder)
+    api.create_tag(REPO, tag="v1")
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"{}", path_in_repo="config.json")
+    assert [each.name for each in api.list_repo_refs(REPO).tags] == ["v1"] and api.repo_info(
+        REPO, revision="v1"
+    ).sha == first.oid
+    assert {file.path: file.size for file in api.list_repo_tree(REPO, revision="v1")} == {
+        ".gitattributes": 25, **{name: len(data) for name, data in files_in(folder).items()}
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"---\ntags: 1\n---\n", path_in_repo="README.md")
+    with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
+        api.repo_info(REPO, revision="v2")
+
+
 # What arrives
 
 
@@ -267,7 +294,14 @@ def test_damaged_folders_are_not_pushed(hub: HubServer, tmp_path: Path) -> None:
         (folder / name).unlink()
         with pytest.raises(PruneError, match=r"save_pretrained\(model, folder, report=report\)"):
             push_folder(folder, REPO)
+        (folder / name).write_bytes(b"[")
+        with pytest.raises(CheckpointError, match=r"cannot be read as JSON|no whole safetensors"):
+            push_folder(folder, REPO)
         (folder / name).write_bytes(good)
+    saved(folder, encode="none", max_shard_size="40KB")
+    next(folder.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"names model-00002.*, which the folder lacks"):
+        push_folder(folder, REPO)
     assert hub.requests == []
 
 
@@ -383,12 +417,16 @@ def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
     assert data.datasets == ["someone/rows"] and data.language == ["en"] and "mine" in data.tags
 
 
-def test_push_in_the_background(hub: HubServer, tmp_path: Path) -> None:
+def test_push_in_the_background_and_without_matplotlib(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_prune.checkpoint.hub.find_spec", lambda _: None)
     run = trainer(tmp_path / "out")
     run.train()
     assert hub.requests == []
     future = run.push_to_hub(blocking=False)
     assert future.result(timeout=60).oid == hub.repos[REPO].branches["main"][-1].oid
+    assert not any(name.startswith("plots/") for name in hub.files(REPO))
 
 
 def test_failing_push_leaves_the_trained_model_here(hub: HubServer, tmp_path: Path) -> None:
