@@ -394,9 +394,10 @@ def trainer(folder: Path, **settings: Any) -> PruneTrainer:
     )  # fmt: skip
 
 
-def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
-    run = trainer(tmp_path / "out", push_to_hub=True)
+def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun = trainer(tmp_path / "out", push_to_hub=True), []
     assert REPO in hub.repos and commits(hub) == []
+    monkeypatch.setattr(run.callback_handler, "on_push_begin", lambda *_: begun.append(len(commits(hub))))
     run.train()
     arrived = hub.files(REPO)
     card = arrived.pop("README.md").decode()
@@ -412,6 +413,7 @@ def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
     run.push_to_hub(commit_message="With scores", dataset_tags="someone/rows", language="en", tags=["mine"])
     card = hub.files(REPO)["README.md"].decode()
     data = ModelCard(card).data
+    assert begun == [0, 1]  # loggers are told before each push
     assert commits(hub) == ["Model save", "With scores"] and not metadata_errors(card)
     assert {result.metric_type: result.metric_value for result in data.eval_results}["accuracy"] == 0.75
     assert data.datasets == ["someone/rows"] and data.language == ["en"] and "mine" in data.tags
