@@ -7,8 +7,8 @@
 Fashion-MNIST: half of the units of every width of a small ResNet, streams among them, uniformly. Movie sentiment: four
 fifths of the weights of each encoder layer of MiniLM go. Every row from a dense model trains for the same number of
 optimizer steps; the snapshot rows divide theirs into five rounds and a sixth. Nothing is tuned, so test rows count for
-every cell. GReg-1 and the removal at once take the same units: both choose after a fiftieth of the steps, up to which they
-are one run. Training cost is multiply-adds over all steps, as a share of the dense training's; rows that start from the
+every cell. GReg-1 and the removal at once take the same units: both choose after a fiftieth of the steps, and are one
+run up to there. Training cost is multiply-adds over all steps, as a share of the dense training's; rows that start from the
 dense model count its training too.
 """
 
