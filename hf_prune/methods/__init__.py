@@ -12,7 +12,10 @@ from hf_prune.types import PruneError
 METHODS = {
     "annealing": "hf_prune.methods.annealing",
     "bwcp": "hf_prune.methods.bwcp",
+    "c2s2": "hf_prune.methods.c2s2",
+    "channel_similarity": "hf_prune.methods.channel_similarity",
     "dmcp": "hf_prune.methods.dmcp",
+    "ezcrop": "hf_prune.methods.ezcrop",
     "gate_decorator": "hf_prune.methods.gate_decorator",
     "growing_regularization": "hf_prune.methods.growing_regularization",
     "lookahead": "hf_prune.methods.lookahead",
