@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,19 +37,6 @@ REPORT = Report(
     "magnitude", MagnitudeConfig(final_sparsity=0.5).to_dict(), asdict(magnitude.PAPER), 0.5, {},
     {"dense": 20, "prunable": 10, "kept": 5},
 )  # fmt: skip
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process's client is connected to, with a token and without waiting between retries."""
-    with HubServer(part_bytes=20_000) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(time, "sleep", lambda _: None)
-        yield server
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
