@@ -401,9 +401,15 @@ def build(name: str, dtype: torch.dtype | None = None) -> tuple[nn.Module, Input
 
 @torch.no_grad()
 def sharpen(model: nn.Module, factor: float = 6.0) -> None:
-    """Matrices times `factor`, vectors (biases, norm weights) with noise added, running statistics moved."""
+    """Matrices times `factor`, vectors (biases, norm weights) with noise added, running statistics moved.
+
+    Tables that code makes anew when a checkpoint is loaded stay as they are.
+    """
     generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name in ignored:
+            continue
         if parameter.ndim > 1:
             parameter.mul_(factor)
         else:

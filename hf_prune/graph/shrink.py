@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
-from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses
+from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses, select, spread
 from hf_prune.graph.resize import Attributes, rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
@@ -32,7 +32,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept, kept))
     check_table(table)
-    ratios = dry_run(model, graph, table)
+    ratios = dry_run(model, graph, table, indices)
     fold_constants(model, graph, kept)
     rescale(distinct_tensors(model), graph.flow.trace, ratios)
     _cut(model, indices, table.attributes)
@@ -83,23 +83,6 @@ def _drop_caches(model: nn.Module) -> None:
     model.train()
     for module, training in modes:
         module.training = training
-
-
-def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    """The entries of `tensor` at the given indices of every dimension."""
-    for dim, each in enumerate(indices):
-        if len(each) != tensor.shape[dim]:
-            tensor = tensor.index_select(dim, each.to(tensor.device))
-    return tensor
-
-
-def spread(tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The inverse of `select`: `tensor` at the given indices of every dimension of zeros of shape `sizes`."""
-    for dim, (each, count) in enumerate(zip(indices, sizes, strict=True)):
-        if len(each) != count:
-            whole = tensor.new_zeros([*tensor.shape[:dim], count, *tensor.shape[dim + 1 :]])
-            tensor = whole.index_copy_(dim, each.to(tensor.device), tensor)
-    return tensor
 
 
 def _attributes(model: nn.Module, graph: Graph, cut: Kept, kept: Kept) -> dict[str, dict[str, Size]]:
