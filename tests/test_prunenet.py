@@ -49,11 +49,12 @@ def test_concentration() -> None:
 
 def test_fitting_gathers_importance_where_outputs_allow_it() -> None:
     """Two channels make up the output, two do not: the latter's multipliers fall, the former's stay near 1."""
-    needed = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    (u,) = fit_multipliers(
-        [torch.tensor([0.3, 0.3, 0.2, 0.2])], lambda u: 10.0 * (needed * (u[0] - 1)).square().sum(), [1.0], weight=0.5, lr=0.05,
-        steps=200,
-    )  # fmt: skip
+    needed, q = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.3, 0.3, 0.2, 0.2])
+
+    def divergence(u: list[Tensor]) -> Tensor:
+        return 10.0 * (needed * (u[0] - 1)).square().sum()
+
+    (u,) = fit_multipliers([q], divergence, [1.0], weight=0.5, lr=0.05, steps=200)
     assert u[:2].min() > 0.9 and u[2:].max() < 0.6
     (rest,) = fit_multipliers([torch.full((4,), 0.25)], lambda u: u[0].sum(), [1.0], weight=0.5, lr=0.05, steps=0)
     assert torch.allclose(rest, torch.ones(4))
