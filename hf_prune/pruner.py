@@ -294,10 +294,12 @@ class Pruner:
         """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
 
         Raises:
-            PruneError: no snapshot was taken.
+            PruneError: no snapshot was taken, or the model was cut after it.
         """
         if self._snapshot is None:
-            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+            raise PruneError(
+                "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
+            )
         self.model.load_state_dict(self._snapshot["model"])
         if self._optimizer is not None and self._snapshot["moments"]:
             self._optimizer.set_moments(self._snapshot["moments"])
@@ -331,6 +333,7 @@ class Pruner:
             narrowing.check(plan)
             self._set_plan({**self.plan, **plan})
         narrowing.cut(self.plan, self._optimizer)
+        self._snapshot = None  # of a model of other shapes
 
     def keep_whole(self, reason: str) -> None:
         """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""

@@ -74,8 +74,9 @@ class PruneTrainer(Trainer):
             )
         self.pruner = self._attached_pruner(pruning, teacher, distillation)
         self._teacher, self._distillation, self._rounds = teacher, distillation, self.pruner.rounds
-        if self._rounds:
-            _check_rounds(self.model, self.optimizer)
+        if self._rounds and (complaint := _rounds_complaint(self.model, self.optimizer)):
+            self.pruner.detach()
+            raise PruneError(complaint)
         self._progress = _PruneCallback(self.pruner)
         self.add_callback(self._progress)
 
@@ -446,16 +447,16 @@ def _check_hub_strategy(args: TrainingArguments) -> None:
         )
 
 
-def _check_rounds(model: Any, optimizer: Any) -> None:
+def _rounds_complaint(model: Any, optimizer: Any) -> str | None:
+    """Why the model cannot be trained in rounds, if so."""
     if not isinstance(model, PreTrainedModel):
-        raise PruneError(
-            f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
-        )
+        return f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
     if optimizer is not None:
-        raise PruneError(
+        return (
             "each round has an optimizer of its own; instead of optimizers=(...), set optim and learning_rate in the "
             "training arguments."
         )
+    return None
 
 
 def _with(arguments: TrainingArguments, **changes: Any) -> TrainingArguments:

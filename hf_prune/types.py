@@ -5,6 +5,7 @@ Nothing here imports another module of the package, so every other module may im
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -177,3 +178,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)

@@ -20,6 +20,7 @@ from hf_prune.cli.fields import describe, parse
 from hf_prune.cli.tasks import Reading, batches_for
 from hf_prune.graph import example_inputs
 from hf_prune.report import sensitivity
+from hf_prune.report.reading import read_report
 
 
 def test_methods_lists_them_all() -> None:
@@ -123,3 +124,25 @@ def test_doctor_says_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path / "file" / "cache"))
     done = cli("doctor")
     assert done.code == 1 and "BROKEN" in done.out
+
+
+def test_bench_measures_models_in_turn_and_notes_it_for_the_card(tmp_path: Path) -> None:
+    dense, pruned = save_image_model(tmp_path / "dense"), tmp_path / "pruned"
+    assert cli("prune", "-m", dense, "-o", pruned, "--method", "magnitude", "--target-flops", 0.5).code == 0
+    forms = ["--form", "plain", "--form", "channels_last", "--threads", 1, "--threads", 2]
+    result = cli(
+        "bench", dense, pruned, *forms, "--rounds", 2, "--image-size", 16, "--batch-size", 3, "--save", "--json"
+    )
+    times = result.result["times"]
+    assert result.result["inputs"] == {"pixel_values": [3, 3, 16, 16]}
+    assert {(row["model"], row["form"], row["threads"]) for row in times} == {
+        (str(model), form, count)
+        for model in (dense, pruned)
+        for form in ("plain", "channels_last")
+        for count in (1, 2)
+    }
+    assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in times)
+    assert all(row["speedup"] == 1.0 for row in times if row["model"] == dense)
+    latency = read_report(pruned).latency
+    assert latency["kept"] == {name: times[1][name] for name in ("median_ms", "low_ms", "high_ms")}
+    assert "1 threads, plain, batch 3" in latency["machine"]

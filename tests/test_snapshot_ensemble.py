@@ -222,6 +222,7 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(PruneError, match="each round has an optimizer of its own"):
         PruneTrainer(model=model, args=arguments, train_dataset=_text_rows(), pruning=ELEMENT, optimizers=(sgd, None))
+    assert model.state_dict().keys() == tiny_text_model().state_dict().keys(), "the model is left as it was"
     with pytest.raises(PruneError, match="no snapshot of a run in rounds"):
         _trainer(tmp_path, ELEMENT).train(resume_from_checkpoint=True)
     _trainer(tmp_path, ELEMENT, max_steps=5).train()
@@ -294,6 +295,7 @@ def _percent(probabilities: Tensor, test: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_restarts_beat_a_small_rate_and_the_ensemble_teaches_more(tmp_path: Path) -> None:
     """Five rounds to 7.8 % of the weights, 20 epochs each; means of three seeds."""
     figures: dict[str, list[float]] = {}

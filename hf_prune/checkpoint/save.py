@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ def save_pretrained(
         with _config_with(model, extras):
             model.save_pretrained(new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False)
         if report is not None:
-            (new / PRUNING_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (new / PRUNING_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
         if standalone:
             (new / MODULE_FILE).write_text(module_source(model), encoding="utf-8")
         if processing_class is not None:

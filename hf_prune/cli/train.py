@@ -39,6 +39,8 @@ DEFAULTS = {
     "save_total_limit": "1", "logging_steps": "20", "report_to": "none",
 }  # fmt: skip
 """Training arguments that differ from transformers' own defaults."""
+RUN_FOLDERS = ("checkpoint-*", "round-*", "snapshot-*")
+"""What a stopped run leaves in its output folder."""
 
 
 def train(
@@ -86,12 +88,12 @@ def train(
     distillation, words = _distillation(words, teacher, pruning)
     arguments = _training_arguments(context, words, output, seed, pruning)
     settings = pruning.make() if pruning is not None else None
-    checkpoint = _checkpoint(output, resume, overwrite, arguments)
+    _check_output(output, resume, overwrite, arguments)
     source = Source(data, eval_data, test_data, subset, eval_split, label_column, rows)
     compute_metrics = compute_metrics_for(metric, **({"average": average} if average is not None else {}))
     prepared = _prepare(task, model, source, arguments, Reading(tuple(input_column or ()), max_length, image_size))
     trainer = _trainer(prepared, arguments, compute_metrics, settings, teacher, distillation)
-    result = _run(trainer, prepared.splits.get("test"), checkpoint)
+    result = _run(trainer, prepared.splits.get("test"), resume)
     if trainer.is_world_process_zero():
         show(result, table(("result", ""), [(name, _shown(value)) for name, value in result.items()]), as_json=as_json)
 
@@ -132,28 +134,25 @@ def _training_arguments(
     return arguments
 
 
-def _checkpoint(output: Path, resume: bool, overwrite: bool, arguments: TrainingArguments) -> str | None:
-    """The checkpoint to go on from; None for a new run, for which those of the run that it replaces are deleted."""
-    from transformers.trainer_utils import get_last_checkpoint
-
+def _check_output(output: Path, resume: bool, overwrite: bool, arguments: TrainingArguments) -> None:
+    """Raise unless the output folder has a run to go on with, or none; delete the checkpoints of one to replace."""
     from hf_prune.types import PruneError
 
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run and --overwrite replaces it; choose one.")
     if output.exists() and not output.is_dir():
         raise PruneError(f"--output {str(output)!r} is a file; name a folder.")
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if resume and checkpoint is None:
+    begun = [path for pattern in RUN_FOLDERS for path in output.glob(pattern)]
+    if resume and not begun:
         raise PruneError(f"--resume: there is no checkpoint in {str(output)!r}; leave it out to begin a run.")
-    if not (resume or overwrite) and (checkpoint is not None or (output / "config.json").exists()):
+    if not (resume or overwrite) and (begun or (output / "config.json").exists()):
         raise PruneError(
             f"{str(output)!r} holds a run already: --resume goes on with it, --overwrite replaces it, "
             "or choose another --output."
         )
     if overwrite and arguments.should_save:  # else a later --resume might find them
-        for stale in output.glob("checkpoint-*"):
+        for stale in begun:
             shutil.rmtree(stale)
-    return checkpoint if resume else None
 
 
 def _prepare(task: str, model: str, source: Source, arguments: TrainingArguments, reading: Reading) -> Prepared:
@@ -197,7 +196,7 @@ def _trainer(
     return PruneTrainer(**common, pruning=pruning, teacher=teacher, distillation=distillation)
 
 
-def _run(trainer: Trainer, test: Any, checkpoint: str | None) -> dict[str, Any]:
+def _run(trainer: Trainer, test: Any, resume: bool) -> dict[str, Any]:
     """Train, score, save; the numbers to show."""
     from hf_prune.cli.stopping import StopOnInterrupt
     from hf_prune.report.origin import scores
@@ -205,7 +204,7 @@ def _run(trainer: Trainer, test: Any, checkpoint: str | None) -> dict[str, Any]:
     stop, begin = StopOnInterrupt(), time.perf_counter()
     trainer.add_callback(stop)
     with stop.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - begin
     found = scores(trainer.evaluate(), "eval")
     if test is not None:

@@ -31,7 +31,7 @@ from hf_prune.parts.gates import MaskGate
 from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import dense_parameter
-from hf_prune.parts.selection import keep_highest, select_among
+from hf_prune.parts.selection import keep_highest, lasting
 from hf_prune.parts.statistics import Batch, Calibration, Data, RunningMean, evaluating
 from hf_prune.types import Paper, Structure
 
@@ -175,7 +175,7 @@ def build(model: nn.Module, graph: Any, config: WeightImportanceConfig) -> Recip
     return Recipe(
         structures=units,
         measured_scores=measure,
-        selection=lambda scores, share: select_among({g.name: g.keep() for g in gates}, selection, scores, share),
+        selection=lasting(gates, selection),
         schedule=schedules.staircase(config.begin, config.end, config.rounds),
         gates=gates,
     )

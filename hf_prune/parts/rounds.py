@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune.config import PruneConfig
 from hf_prune.parts.distillation import DistillConfig
 from hf_prune.parts.gates import MaskGate
 from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.selection import Selection
+from hf_prune.parts.selection import select_among
 from hf_prune.parts.structures import GroupUnits, element_structures
 from hf_prune.types import Plan, PruneError, Structure
 
@@ -42,24 +43,10 @@ def holding_zeros(build: Build) -> Build:
         recipe = build(model, graph, config)
         if recipe.selection is None:
             raise PruneError(f"method {config.method!r} selects nothing, so zeros of earlier rounds cannot be held.")
-        alive = _alive(model, [each for each in recipe.structures if not isinstance(each, GroupUnits)])
-        return dataclasses.replace(recipe, selection=_never_again(recipe.selection, alive))
+        alive = _alive(model, recipe.structures)
+        return dataclasses.replace(recipe, selection=partial(select_among, alive, recipe.selection))
 
     return held
-
-
-def _never_again(selection: Selection, alive: Plan) -> Selection:
-    """`selection`, for which dead units are the worst, and which does not keep them."""
-
-    def select(scores: Mapping[str, Tensor], share: float) -> Plan:
-        worst = {name: _without(score, alive.get(name)) for name, score in scores.items()}
-        return {name: keep & alive.get(name, keep).to(keep.device) for name, keep in selection(worst, share).items()}
-
-    return select
-
-
-def _without(score: Tensor, alive: Tensor | None) -> Tensor:
-    return score if alive is None else score.masked_fill(~alive.to(score.device), -torch.inf)
 
 
 def hold(model: nn.Module, graph: Any, config: PruneConfig) -> Recipe:
@@ -77,10 +64,11 @@ def hold(model: nn.Module, graph: Any, config: PruneConfig) -> Recipe:
 
 
 @torch.no_grad()
-def _alive(model: nn.Module, structures: list[Structure]) -> Plan:
-    """Units with a weight that is not zero."""
-    tensors = dict(model.named_parameters())
-    return {
-        each.name: torch.stack([each.view(tensors[name], name).ne(0).any(dim=1) for name in each.producers]).any(dim=0)
-        for each in structures
-    }
+def _alive(model: nn.Module, structures: Sequence[Structure]) -> Plan:
+    """Units with a weight that is not zero; all of a group, which has lost the others."""
+    tensors, alive = dict(model.named_parameters()), {}
+    for each in structures:
+        views = [each.view(tensors[name], name).ne(0).any(dim=1) for name in each.producers]
+        whole = isinstance(each, GroupUnits)
+        alive[each.name] = torch.ones_like(views[0]) if whole else torch.stack(views).any(dim=0)
+    return alive

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.config import Goal
+from hf_prune.parts.gates import Gate
 from hf_prune.types import Plan, PruneError, Structure
 
 Selection = Callable[[Mapping[str, Tensor], float], Plan]
@@ -31,6 +32,11 @@ def select_among(plan: Plan, selection: Selection, scores: Mapping[str, Tensor],
     """What `selection` keeps of the units that `plan` keeps: what is gone stays gone, whatever its score is now."""
     left = {name: score.masked_fill(~plan[name].to(score.device), -torch.inf) for name, score in scores.items()}
     return {name: keep & plan[name].to(keep.device) for name, keep in selection(left, share).items()}
+
+
+def lasting(gates: Sequence[Gate], selection: Selection) -> Selection:
+    """`selection` among what the gates still keep."""
+    return lambda scores, share: select_among({gate.name: gate.keep() for gate in gates}, selection, scores, share)
 
 
 def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> Plan:

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.graph.writers import LAYERS
 from hf_prune.types import PruneError
+
+K = TypeVar("K")
 
 Batch = Mapping[str, Any]
 
@@ -125,7 +127,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def gather(model: nn.Module, batches: Iterable[Batch], points: Mapping[str, Point]) -> dict[str, Tensor]:
+def gather(model: nn.Module, batches: Iterable[Batch], points: Mapping[K, Point]) -> dict[K, Tensor]:
     """The mean at each point, by the point's name. Runs the model as it is; its hooks are gone afterwards.
 
     Tokens that `attention_mask` rules out are no observations.
@@ -170,6 +172,12 @@ def mean(observed: Tensor) -> tuple[Tensor, int]:
     """Of each channel, `(C,)`."""
     flat = rows(observed)
     return flat.sum(0, dtype=widest(flat.device)), len(flat)
+
+
+def mean_absolute(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean absolute value of each channel, `(C,)`."""
+    flat = rows(observed)
+    return flat.abs().sum(0, dtype=widest(flat.device)), len(flat)
 
 
 def second_moment(observed: Tensor) -> tuple[Tensor, int]:

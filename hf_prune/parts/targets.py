@@ -48,17 +48,22 @@ def find_targets(
 
     normalised_groups: also groups under LayerNorm-like statistics, whose shrinking is not exact.
     """
-    goal, scope, floor = config.goal, config.scope, config.min_keep
-    assert goal is not None
     if config.structure == "element":
         weights = prunable_weights(model, config.include, config.exclude)
         elements = structures.element_structures(weights)
-        return elements, top_k(elements, goal, scope=scope, min_keep=floor)
+        assert config.goal is not None
+        return elements, top_k(elements, config.goal, scope=config.scope, min_keep=config.min_keep)
     groups = prunable_groups(model, graph.groups, config.include, config.exclude, normalised_groups)
     units: list[Structure] = [structures.group_structure(group, model) for group in groups]
-    if goal.name == "target_units":
-        return units, top_units(units, goal, scope=scope, min_keep=floor)
-    return units, fit_price(graph.traced, units, goal, scope=scope, min_keep=floor)
+    return units, choose_units(graph, units, config)
+
+
+def choose_units(graph: Any, units: Sequence[Structure], config: PruneConfig) -> Selection:
+    """The selection among whole units that meets the goal, by their number or by price."""
+    assert config.goal is not None
+    if config.goal.name == "target_units":
+        return top_units(units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    return fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
 
 
 def sizes(model: nn.Module, units: Sequence[Structure], *, order: int) -> Callable[[], Mapping[str, Tensor]]:

@@ -55,7 +55,7 @@ def chain(first: Report, then: Report) -> Report:
         sparsity=1.0 - kept / before["prunable"] if before["prunable"] else then.sparsity,
         layers={name: _chained(layer, then.layers.get(name)) for name, layer in first.layers.items()},
         parameters={**before, "kept": kept},
-        prices={name: {**price, "kept": then.prices[name]["kept"]} for name, price in first.prices.items()},
+        prices={name: {**price, "kept": then.prices.get(name, price)["kept"]} for name, price in first.prices.items()},
         frozen=first.frozen | then.frozen,
     )
 
