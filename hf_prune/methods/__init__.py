@@ -22,6 +22,7 @@ METHODS = {
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "play_and_prune": "hf_prune.methods.play_and_prune",
+    "prunenet": "hf_prune.methods.prunenet",
     "prune_while_training": "hf_prune.methods.prune_while_training",
     "resrep": "hf_prune.methods.resrep",
     "weight_importance": "hf_prune.methods.weight_importance",
