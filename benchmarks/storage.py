@@ -15,10 +15,9 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_prune
 from hf_prune.checkpoint import save_pretrained
+from hf_prune.timing import compare, machine
 
 RESULTS = Path(__file__).parent / "results" / "storage.json"
 TINY = {
@@ -70,38 +70,34 @@ def forget(file: Path) -> None:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load_and_run(folder: Path, shape: tuple[int, int], cached: bool) -> tuple[float, float, torch.Tensor]:
-    """Seconds to load, seconds to load and run once, and what the model said."""
+def load(folder: Path, cached: bool) -> BertForSequenceClassification:
     if not cached:
         forget(folder / "model.safetensors")
-    ids = torch.arange(shape[1]).expand(shape)
-    start = time.perf_counter()
-    model = BertForSequenceClassification.from_pretrained(folder)
-    loaded = time.perf_counter()
-    with torch.no_grad():
-        logits = model(ids).logits
-    return loaded - start, time.perf_counter() - start, logits
+    return BertForSequenceClassification.from_pretrained(folder)
+
+
+@torch.no_grad()
+def load_and_run(folder: Path, cached: bool, shape: tuple[int, int]) -> torch.Tensor:
+    """What the loaded model says."""
+    return load(folder, cached)(torch.arange(shape[1]).expand(shape)).logits
 
 
 def measure(
     folders: dict[str, Path], shape: tuple[int, int], repeats: int, cached: bool
 ) -> dict[str, dict[str, float]]:
     """Median seconds per format and their ratio to plain, the formats taken in turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
-    reference = load_and_run(folders["none"], shape, cached)[2]
-    for _ in range(repeats):
-        for name, folder in folders.items():
-            *seconds, logits = load_and_run(folder, shape, cached)
-            if not torch.equal(logits, reference):
-                raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
-            times[name].append((seconds[0], seconds[1]))
-    loads = {name: statistics.median(load for load, _ in pairs) for name, pairs in times.items()}
-    totals = {name: statistics.median(total for _, total in pairs) for name, pairs in times.items()}
+    reference = load_and_run(folders["none"], cached, shape)
+    for name, folder in folders.items():
+        if not torch.equal(load_and_run(folder, cached, shape), reference):
+            raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
+    loads = {f"load {name}": partial(load, folder, cached) for name, folder in folders.items()}
+    totals = {f"total {name}": partial(load_and_run, folder, cached, shape) for name, folder in folders.items()}
+    seconds = {key: each.median_ms / 1e3 for key, each in compare({**loads, **totals}, rounds=repeats).items()}
     return {
         name: {
-            "load_seconds": loads[name],
-            "load_and_first_forward_seconds": totals[name],
-            "load_and_first_forward_over_plain": totals[name] / totals["none"],
+            "load_seconds": seconds[f"load {name}"],
+            "load_and_first_forward_seconds": seconds[f"total {name}"],
+            "load_and_first_forward_over_plain": seconds[f"total {name}"] / seconds["total none"],
         }
         for name in folders
     }
@@ -144,7 +140,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     result = {
         "command": " ".join(["python", "benchmarks/storage.py", *sys.argv[1:]]),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "machine": {"processor": machine(), "threads": torch.get_num_threads(), "system": platform.platform()},
         "versions": {
             "hf_prune": hf_prune.__version__,
             **{module.__name__: module.__version__ for module in (torch, transformers, safetensors)},
@@ -159,11 +155,6 @@ def main() -> None:
     if not args.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(text + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class UnitsLeft(nn.Module):
         for name in ("alive", "present"):
             self.register_buffer(name, torch.ones(units, dtype=torch.bool, device=device))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself: an `nn.Sequential` calls whatever it holds."""
+        return x
+
 
 class Narrowing:
     """What one run has cut out of `model`, from when it is attached to when it is finalized."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +17,14 @@ from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
-from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
+from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
 from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.rounds import Build, Round
 from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
+from hf_prune.report.origin import base_model
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
@@ -72,9 +75,11 @@ class Pruner:
         data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
             by methods that measure their scores.
         evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
-        teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
+        teacher: a model, a folder, a Hub id, or "self", or several of them, whose probabilities are averaged; None for
+            no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
+        build: in place of the method's own, for one of its rounds.
     """
 
     def __init__(
@@ -85,17 +90,19 @@ class Pruner:
         *,
         data: Data | None = None,
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        teacher: nn.Module | str | Path | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
+        build: Build | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.method = methods.load(config.method)
         _check_goal(config, self.method)
-        if distillation is not None and teacher is None:
+        self._teachers = _listed(teacher)
+        if distillation is not None and not self._teachers:
             raise PruneError("distillation needs a teacher: a model, a folder, a Hub id or 'self'.")
-        self.distillation = distillation or (DistillConfig() if teacher is not None else None)
-        self._teacher, self._tokenizer = teacher, tokenizer
+        self.distillation = distillation or (DistillConfig() if self._teachers else None)
+        self._tokenizer, self._build = tokenizer, build or self.method.build
         self.graph = LazyGraph(model, example_inputs)
         self.calibration = Calibration(model, data)
         self._evaluate = evaluate
@@ -123,6 +130,16 @@ class Pruner:
         """Whether the method runs the model itself, several times a batch: `batch_loss` instead of model and `loss`."""
         return self._attached.passes is not None
 
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The runs that the method is made of, where it is made of several."""
+        return self._attached.rounds
+
+    def as_own(self, report: Report) -> Report:
+        """`report` of a run that this one's method has made, under this one's method, config and paper."""
+        config, paper = self.config.to_dict(), asdict(self.method.PAPER)
+        return replace(report, method=self.config.method, config=config, paper=paper)
+
     def attach(self) -> None:
         """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
 
@@ -131,10 +148,10 @@ class Pruner:
         """
         if self.attached or self.report is not None:
             raise PruneError("this Pruner was attached before; make a new one for another run.")
-        if self.distillation is not None and self._teacher is not None:
-            teacher = load_teacher(self._teacher, self.model, self._tokenizer)
-            self.distiller = Distiller([teacher], self.distillation, self.model)
-        recipe = self.method.build(self.model, self.graph, self.config)
+        if self.distillation is not None:
+            teachers = [load_teacher(each, self.model, self._tokenizer) for each in self._teachers]
+            self.distiller = Distiller(teachers, self.distillation, self.model)
+        recipe = self._build(self.model, self.graph, self.config)
         if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
             raise PruneError(
                 f"method {self.config.method!r} with these settings measures its scores on data: give "
@@ -277,10 +294,12 @@ class Pruner:
         """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
 
         Raises:
-            PruneError: no snapshot was taken.
+            PruneError: no snapshot was taken, or the model was cut after it.
         """
         if self._snapshot is None:
-            raise PruneError("there is no snapshot to return to; call snapshot() first.")
+            raise PruneError(
+                "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
+            )
         self.model.load_state_dict(self._snapshot["model"])
         if self._optimizer is not None and self._snapshot["moments"]:
             self._optimizer.set_moments(self._snapshot["moments"])
@@ -314,6 +333,7 @@ class Pruner:
             narrowing.check(plan)
             self._set_plan({**self.plan, **plan})
         narrowing.cut(self.plan, self._optimizer)
+        self._snapshot = None  # of a model of other shapes
 
     def keep_whole(self, reason: str) -> None:
         """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""
@@ -384,8 +404,12 @@ class Pruner:
         return self.distillation.student_flags if self.distillation is not None else {}
 
     def logs(self) -> dict[str, float]:
-        """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
+        """What a progress bar or TensorBoard should show: sparsity, prices, loss terms, what steers them."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
+        if prices := self._prices(self._group_plan(self.plan)):
+            values["multiply_adds_kept"] = prices["multiply_adds"]["kept"] / prices["multiply_adds"]["dense"]
+        if self.distiller is not None:
+            values["temperature"] = self.distiller.config.temperature
         weight = getattr(self._attached.controller, "weight", None)
         return values if weight is None else {**values, "penalty_weight": weight}
 
@@ -399,12 +423,23 @@ class Pruner:
         Where it raises, no score or mask is lost, and it can be called again.
         """
         _, report = self._bake(self.model)
+        self._release()
+        self.report = report
+        return report
+
+    def _release(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
         self._last_terms, self._snapshot = {}, None
-        self.report = report
-        return report
+
+    def detach(self) -> None:
+        """Take the gates out again, before any step was made: the model is the plain one that it was."""
+        for gate in self._attached.gates:
+            gate.fold(self.model)
+        if self._narrowing is not None:
+            self._narrowing.finish(self.model)
+        self._release()
 
     def _bake(self, model: nn.Module) -> tuple[nn.Module, Report]:
         recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
@@ -417,13 +452,29 @@ class Pruner:
             model.train(was_training)
         if self._narrowing is not None:
             self._narrowing.finish(model)
-        groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
+        groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
-        report.run.update(recipe.record() if recipe.record is not None else {})
+        report = replace(
+            report,
+            run=dict(recipe.record()) if recipe.record is not None else {},
+            prices=self._prices(groups),
+            base_model=base_model(model),
+        )
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
+
+    def _group_plan(self, plan: Plan) -> Plan:
+        """The part of `plan` that is about dimension groups: what makes the model narrower."""
+        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, GroupUnits)}
+
+    def _prices(self, groups: Plan) -> dict[str, dict[str, float]]:
+        """`Report.prices` of a group plan; none without groups, so that a method on weights needs no trace."""
+        if not groups:
+            return {}
+        dense, kept = asdict(self.graph.traced.price()), asdict(self.graph.traced.price(groups))
+        return {name: {"dense": dense[name], "kept": kept[name]} for name in dense}
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs beside model and optimizer; plain numbers and tensors."""
@@ -488,6 +539,12 @@ def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: Prune
             "gates are masks over dimension groups."
         )
     return None
+
+
+def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
+    if teacher is None:
+        return []
+    return [teacher] if isinstance(teacher, (nn.Module, str, Path)) else list(teacher)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_prune import DMCPConfig, PruneError, Pruner, PruneTrainer
 from hf_prune.methods.dmcp import MarkovWidth, width_grid
 from hf_prune.parts.budgets import PRICES
+from hf_prune.parts.channel_gates import passing
 from hf_prune.parts.randomness import generator
 from hf_prune.testing import Run, tiny_cases, tiny_image_model, tiny_text_model
 
@@ -105,13 +106,13 @@ def test_soft_is_hard_at_the_limits(order: str) -> None:
     with torch.no_grad():
         for width in widths:
             width.alpha.fill_(40.0)
-    with pruner.recipe.controller._passing([width.soft() for width in widths]):
+    with passing({width: width.soft() for width in widths}):
         assert (_logits(model) - dense).abs().max() <= 1e-6
 
     with torch.no_grad():
         for width in widths:
             width.alpha[2] = -40.0
-    with pruner.recipe.controller._passing([width.soft() for width in widths]):
+    with passing({width: width.soft() for width in widths}):
         soft = _logits(model)
     kept = {gate.name: gate.function.prefix(gate.function.least + 2 * gate.function.size) for gate in
             pruner.recipe.gates}  # fmt: skip
@@ -240,7 +241,7 @@ def test_depthwise_norms_do_not_undo_the_soft_gate() -> None:
     pruner.attach()
     (gate,) = pruner.recipe.gates
     assert [writer.host for writer in gate.writers] == ["body.1", "body.4"]
-    with pruner.recipe.controller._passing([gate.function.soft()]):
+    with passing({gate.function: gate.function.soft()}):
         model(**IMAGES).logits.square().sum().backward()
     assert gate.function.alpha.grad.abs().max() > 1e-3
     model.eval()

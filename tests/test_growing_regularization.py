@@ -1,4 +1,4 @@
-"""Acceptance of the GReg spec: closed forms on quadratics, the course of penalties, resume, what clipping leaves."""
+"""Acceptance of the GReg spec: closed forms on quadratics, the penalties' course, resume, what clipping leaves be."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_l1_at_once_to_the_same_price_is_not_better() -> None:
     share, plain = trace(model, EXAMPLE).price().multiply_adds / price, copy.deepcopy(_dense()).eval()
     hf_prune.prune(plain, MagnitudeConfig(target_flops=share, include=tuple(report.layers)), EXAMPLE)
     train(plain, SGD(plain.parameters()), DATA, steps=STEPS)
-    assert accuracy(plain, DATA, TEST) <= accuracy(model, DATA, TEST) + 0.5
+    assert accuracy(plain, DATA, TEST) <= accuracy(model, DATA, TEST) + 1.0, "two standard errors"
 
 
 def test_snapshot_and_rollback_bring_model_masks_and_moments_back() -> None:
@@ -275,6 +275,9 @@ def test_snapshot_and_rollback_bring_model_masks_and_moments_back() -> None:
     optimizer.param_groups[0]["lr"] = 0.01
     step(1)
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    pruner.shrink_now({pruner.recipe.gates[0].name: torch.arange(8) < 4})
+    with pytest.raises(PruneError, match="no snapshot"):
+        pruner.rollback()
 
 
 def test_evaluating_leaves_modes_and_random_numbers_alone() -> None:

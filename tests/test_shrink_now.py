@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -280,7 +280,8 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, bf16: bool) -> None:
     for step in (7,) if bf16 else (3, 8):
         resumed = _trainer(tmp_path, bf16=bf16)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert resumed.report == whole.report
+        # `training` has the seconds that it took.
+        assert replace(resumed.report, training={}) == replace(whole.report, training={})
         for name, value in whole.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value), (step, name)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from hf_prune.cli import methods, train
+from hf_prune.cli import bench, doctor, inspect, methods, prune, push, report, train
 from hf_prune.cli.options import OWN_OPTIONS
 from hf_prune.cli.run import guarded
 
@@ -40,7 +40,13 @@ def _options(
 
 
 app.command("train", context_settings=OWN_OPTIONS)(guarded(train.train))
+app.command("prune", context_settings=OWN_OPTIONS)(guarded(prune.prune))
+app.command("inspect")(guarded(inspect.inspect))
+app.command("report")(guarded(report.report))
+app.command("bench")(guarded(bench.bench))
+app.command("doctor")(guarded(doctor.doctor))
 app.command("methods")(guarded(methods.methods))
+app.command("push")(guarded(push.push))
 
 
 def main() -> None:

@@ -78,6 +78,30 @@ def load_labelled(source: Source, demos: Collection[str]) -> Labelled:
     return Labelled(DatasetDict({n: rows for n, rows in splits.items() if rows is not None}), names, tuple(notes))
 
 
+def as_model_counts(data: Labelled, config: Any) -> Labelled:
+    """`data` with its classes in the order of a trained model's.
+
+    Raises:
+        PruneError: the model tells other classes apart.
+    """
+    known = dict(config.label2id)
+    if config.num_labels != len(data.names) or not (set(known) == set(data.names) or "LABEL_0" in known):
+        raise PruneError(
+            f"the model tells {config.num_labels} classes apart ({_some(known)}) and the data has {len(data.names)} "
+            f"({_some(data.names)}); use the data that it was trained for."
+        )
+    if "LABEL_0" in known:
+        return data
+    names = sorted(known, key=known.__getitem__)
+    turned = [names.index(name) for name in data.names]
+    splits = data.splits.map(lambda row: {"labels": turned[row["labels"]]})
+    return Labelled(splits.cast_column("labels", ClassLabel(names=names)), names, data.notes)
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
+
+
 def input_columns(
     rows: Dataset, given: Sequence[str], known: Sequence[tuple[str, ...]], fits: Callable[[Any], bool]
 ) -> tuple[str, ...]:

@@ -104,9 +104,11 @@ def parse(fields: Sequence[Field], words: Sequence[str]) -> tuple[dict[str, Any]
 
 
 def _take(field: Field, rest: list[str], kinds: Sequence[Any]) -> list[Any]:
-    if len(rest) < len(kinds):
+    words = rest[: len(kinds)]
+    if len(words) < len(kinds) or any(word.startswith("--") for word in words):
         raise typer.BadParameter(f"{field.option} needs {'a value' if len(kinds) == 1 else f'{len(kinds)} values'}.")
-    return [_convert(field, rest.pop(0), kind) for kind in kinds]
+    del rest[: len(kinds)]
+    return [_convert(field, word, kind) for word, kind in zip(words, kinds, strict=True)]
 
 
 def _convert(field: Field, word: str, kind: Any) -> Any:

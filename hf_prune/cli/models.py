@@ -11,6 +11,7 @@ import typer
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from hf_prune import demo_data
+from hf_prune.checkpoint.load import is_empty, readable
 from hf_prune.cli.data import DEMO
 from hf_prune.config import closest
 from hf_prune.types import PruneError
@@ -51,18 +52,26 @@ def load_classifier(auto: Any, name: str, labels: dict[str, Any]) -> PreTrainedM
         )
     if replaced:
         typer.echo(f"{name} has {config.num_labels} classes, the data {count}: its head starts anew.", file=sys.stderr)
-    return auto.from_pretrained(name, **labels, ignore_mismatched_sizes=replaced)
+    try:
+        with readable(name):
+            return auto.from_pretrained(name, **labels, ignore_mismatched_sizes=replaced)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise PruneError(f"{name!r} is a {config.model_type} model, which {auto.__name__} does not take.") from error
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer beside a model, which pads with its end token where it has no padding of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None or is_empty(tokenizer):
         raise PruneError(
             f"no tokenizer can be loaded from {name!r}; save the one that the model was trained with beside it "
             "(tokenizer.save_pretrained)."
-        ) from error
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

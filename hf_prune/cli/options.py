@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,12 @@ OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of a command whose further options come from config classes."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id or folder of the model, or demo:minilm.")]
+_DATA = typer.Option("--data", "-d", help="Name of a data set, CSV, TSV, JSON or parquet file, folder, or demo:NAME.")
+Data = Annotated[str, _DATA]
+DataToMeasure = Annotated[str | None, _DATA]
+Subset = Annotated[str | None, typer.Option(help="Configuration of the data set, such as sst2 of glue.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the classes.")]
+InputColumn = Annotated[list[str] | None, typer.Option(help="Column of the text or image; twice for a pair of texts.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Method = Annotated[str | None, typer.Option("--method", help="One of `hf-prune methods`.")]
 ConfigFile = Annotated[
@@ -25,10 +32,22 @@ ConfigFile = Annotated[
 ]
 
 
-def pruning_config(
+@dataclass(frozen=True)
+class Pruning:
+    """A method's config class and the values that were given for it, not yet checked."""
+
+    config: type[PruneConfig]
+    values: dict[str, Any]
+
+    def make(self) -> PruneConfig:
+        """The config. Raises where its values do not fit."""
+        return self.config.from_dict(self.values)
+
+
+def pruning_options(
     method: str | None, file: Path | None, words: list[str], **values: Any
-) -> tuple[PruneConfig, list[str]]:
-    """The config of a file and of command-line words, and the words that are no options of the method.
+) -> tuple[Pruning, list[str]]:
+    """What a config file and command-line words say about the method, and the words that are no options of it.
 
     values: fields that other options have set.
     """
@@ -38,18 +57,20 @@ def pruning_config(
     method = method or read.get("method")
     if method is None:
         raise typer.BadParameter("name a method with --method, one of `hf-prune methods`, or a file with --config.")
-    own, rest = parse(describe(methods.load(method).Config), words)
-    return methods.config_from_dict({**read, **values, **own, "method": method}), rest
+    config = methods.load(method).Config
+    own, rest = parse(describe(config), words)
+    return Pruning(config, {**read, **values, **own}), rest
 
 
-def refuse(context: typer.Context, words: list[str], options: list[str]) -> None:
+def refuse(context: typer.Context, words: list[str], *configs: type) -> None:
     """Raise a usage error for the first of `words`, where there is one; the closest real option is named.
 
-    options: those that the command has beside its declared ones.
+    configs: classes whose fields are options too.
     """
     if words:
         known = [name for parameter in context.command.params for name in parameter.opts]
-        raise typer.BadParameter(f"no such option: {words[0]}{closest(words[0], [*known, *options])}")
+        known += ["--" + each.name.replace("_", "-") for config in configs for each in fields(config)]
+        raise typer.BadParameter(f"no such option: {words[0]}{closest(words[0], known)}")
 
 
 def read_json(file: Path, option: str) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
     """A rich table; numbers are shown as they are, so format them first."""
     from rich.table import Table
 
-    shown = Table(*columns, title=title)
+    shown = Table(title=title)
+    for column in columns:
+        shown.add_column(column, overflow="fold")  # names of layers are long, and their ends matter
     for row in rows:
         shown.add_row(*map(str, row))
     return shown

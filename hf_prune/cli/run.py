@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -49,5 +50,7 @@ def sentence(error: BaseException) -> str:
 
 def fail(message: str, code: int) -> None:
     """Say it on standard error and end with `code`."""
+    if "tqdm" in sys.modules:
+        typer.echo(err=True)  # a progress bar may still hold the line
     typer.echo(f"hf-prune: {message}", err=True)
     raise typer.Exit(code)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import DatasetDict
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -14,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_prune.cli.data import Labelled, input_columns, is_image, is_text
+from hf_prune.cli.data import Labelled, Source, as_model_counts, input_columns, is_image, is_text, load_labelled
 from hf_prune.cli.models import load_classifier, load_image_processor, load_tokenizer
 from hf_prune.types import PruneError
 
@@ -43,36 +45,89 @@ class Reading:
     image_size: int | None = None
 
 
-def prepare_text(name: str, data: Labelled, reading: Reading) -> Prepared:
-    """A sequence classifier and tokenized rows, of one text or a pair."""
+@dataclass(frozen=True)
+class Task:
+    """One kind of input: the model's class, the built-in data that suits it, and how rows become inputs."""
+
+    auto: Any
+    demos: tuple[str, ...]
+    processing: Callable[[str, PreTrainedModel, Reading], Any]
+    """Name, model and reading -> the tokenizer or image processor."""
+    encode: Callable[[DatasetDict, Any, PreTrainedModel, Reading], DatasetDict]
+    """Splits of labelled rows -> splits of inputs."""
+    collator: Callable[[Any], Callable[[Any], Any]]
+    lazy: bool
+    """Rows become inputs only when they are read."""
+
+    def prepare(self, name: str, data: Labelled, reading: Reading, model: PreTrainedModel | None = None) -> Prepared:
+        """The model `name` for the classes of `data`, unless it is given, and the rows as its inputs."""
+        model = model or load_classifier(self.auto, name, data.label_names)
+        processing = self.processing(name, model, reading)
+        splits = self.encode(data.splits, processing, model, reading)
+        return Prepared(model, processing, splits, self.collator(processing))
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """The task of a classifier, by what it reads.
+
+    Raises:
+        PruneError: it reads neither token ids nor images.
+    """
+    tasks = {"input_ids": "text", "pixel_values": "image"}
+    if model.main_input_name not in tasks or "Classification" not in type(model).__name__:
+        raise PruneError(
+            f"labelled rows suit classifiers of texts or images, and the model is a {type(model).__name__}."
+        )
+    return TASKS[tasks[model.main_input_name]]
+
+
+def batches_for(name: str, model: PreTrainedModel, source: Source, reading: Reading, size: int = 32) -> DataLoader:
+    """Labelled training rows of `source` as inputs of the loaded `model`, in a fixed order.
+
+    name: where the model was loaded from, for the tokenizer or image processor beside it.
+    """
+    task = task_of(model)
+    data = as_model_counts(load_labelled(source, task.demos), model.config)
+    prepared = task.prepare(name, data, reading, model)
+    return DataLoader(prepared.splits["train"], batch_size=size, collate_fn=prepared.collator)
+
+
+def _tokenizer(name: str, model: PreTrainedModel, reading: Reading) -> Any:
     tokenizer = load_tokenizer(name)
-    model = load_classifier(AutoModelForSequenceClassification, name, data.label_names)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    read = input_columns(data.splits["train"], reading.columns, TEXT_COLUMNS, is_text)
-    splits = data.splits.map(
+    return tokenizer
+
+
+def _tokens(splits: DatasetDict, tokenizer: Any, model: PreTrainedModel, reading: Reading) -> DatasetDict:
+    columns = splits["train"].column_names
+    read = input_columns(splits["train"], reading.columns, TEXT_COLUMNS, is_text)
+    return splits.map(
         lambda batch: tokenizer(*(batch[each] for each in read), truncation=True, max_length=reading.max_length),
         batched=True,
-        remove_columns=[each for each in data.splits["train"].column_names if each != "labels"],
+        remove_columns=[each for each in columns if each != "labels"],
     )
-    return Prepared(model, tokenizer, splits, DataCollatorWithPadding(tokenizer))
 
 
-def prepare_image(name: str, data: Labelled, reading: Reading) -> Prepared:
-    """An image classifier, and rows whose images are processed when they are read."""
-    model = load_classifier(AutoModelForImageClassification, name, data.label_names)
-    channels = getattr(model.config, "num_channels", 3)
-    processor = load_image_processor(name, reading.image_size, channels)
-    read, *others = input_columns(data.splits["train"], reading.columns, (("image",), ("img",)), is_image)
+def _channels(model: PreTrainedModel) -> int:
+    return getattr(model.config, "num_channels", 3)
+
+
+def _image_processor(name: str, model: PreTrainedModel, reading: Reading) -> Any:
+    return load_image_processor(name, reading.image_size, _channels(model))
+
+
+def _pixels(splits: DatasetDict, processor: Any, model: PreTrainedModel, reading: Reading) -> DatasetDict:
+    read, *others = input_columns(splits["train"], reading.columns, (("image",), ("img",)), is_image)
     if others:
         raise PruneError(f"an image classifier reads one column, got --input-column {read} and {', '.join(others)}.")
-    mode = "L" if channels == 1 else "RGB"
+    mode = "L" if _channels(model) == 1 else "RGB"
 
-    def pixels(batch: dict[str, Any]) -> dict[str, Any]:
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
         images = [image.convert(mode) for image in batch[read]]
         return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
 
-    return Prepared(model, processor, data.splits.with_transform(pixels), _stacked)
+    return splits.with_transform(transform)
 
 
 def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -83,16 +138,21 @@ def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-@dataclass(frozen=True)
-class Task:
-    """What prepares it, the built-in data that suits it, and whether rows become inputs only when they are read."""
-
-    prepare: Callable[[str, Labelled, Reading], Prepared]
-    demos: tuple[str, ...]
-    reads_lazily: bool
-
-
 TASKS = {
-    "text": Task(prepare_text, ("movie_sentiment", "bbc_news", "sense_pairs", "snippets"), reads_lazily=False),
-    "image": Task(prepare_image, ("fashion_mnist", "emoji"), reads_lazily=True),
+    "text": Task(
+        AutoModelForSequenceClassification,
+        ("movie_sentiment", "bbc_news", "sense_pairs", "snippets"),
+        _tokenizer,
+        _tokens,
+        DataCollatorWithPadding,
+        lazy=False,
+    ),
+    "image": Task(
+        AutoModelForImageClassification,
+        ("fashion_mnist", "emoji"),
+        _image_processor,
+        _pixels,
+        lambda processor: _stacked,
+        lazy=True,
+    ),
 }

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hf_prune.cli.fields import describe, parse
-from hf_prune.cli.options import ConfigFile, Method, Model, Output, pruning_config, refuse
+from hf_prune.cli.options import (
+    ConfigFile,
+    Data,
+    InputColumn,
+    LabelColumn,
+    Method,
+    Model,
+    Output,
+    Pruning,
+    Subset,
+    pruning_options,
+    refuse,
+)
 from hf_prune.cli.output import Json, show, table
 
 if TYPE_CHECKING:
@@ -27,18 +39,15 @@ DEFAULTS = {
     "save_total_limit": "1", "logging_steps": "20", "report_to": "none",
 }  # fmt: skip
 """Training arguments that differ from transformers' own defaults."""
+RUN_FOLDERS = ("checkpoint-*", "round-*", "snapshot-*")
+"""What a stopped run leaves in its output folder."""
 
 
 def train(
     context: typer.Context,
     task: Annotated[Literal["text", "image"], typer.Argument(help="Classify texts (or pairs of texts), or images.")],
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data", "-d", help="Name of a data set, CSV, TSV, JSON or parquet file, folder, or demo:movie_sentiment."
-        ),
-    ],
+    data: Data,
     output: Output,
     method: Method = None,
     config: ConfigFile = None,
@@ -47,13 +56,11 @@ def train(
     ] = None,
     metric: Annotated[str, typer.Option(help="accuracy, f1, or what evaluate.load finds.")] = "accuracy",
     average: Annotated[str | None, typer.Option(help="How f1 averages over classes: binary, macro, micro.")] = None,
-    input_column: Annotated[
-        list[str] | None, typer.Option(help="Column of the text or image; twice for a pair of texts.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
+    input_column: InputColumn = None,
+    label_column: LabelColumn = None,
+    subset: Subset = None,
     eval_data: Annotated[str | None, typer.Option(help="File of the validation rows.")] = None,
     test_data: Annotated[str | None, typer.Option(help="File of the test rows, scored once at the end.")] = None,
-    subset: Annotated[str | None, typer.Option(help="Configuration of the data set, such as sst2 of glue.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Name of the split of validation rows.")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="Training rows to use, and a quarter of it to score.")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens of a text that are read.")] = 128,
@@ -77,15 +84,16 @@ def train(
 
     words, pruning = list(context.args), None
     if method is not None or config is not None:
-        pruning, words = pruning_config(method, config, words, seed=seed)
+        pruning, words = pruning_options(method, config, words, seed=seed)
     distillation, words = _distillation(words, teacher, pruning)
-    arguments = _training_arguments(context, words, output, seed)
-    checkpoint = _checkpoint(output, resume, overwrite)
+    arguments = _training_arguments(context, words, output, seed, pruning)
+    settings = pruning.make() if pruning is not None else None
+    _check_output(output, resume, overwrite, arguments)
     source = Source(data, eval_data, test_data, subset, eval_split, label_column, rows)
     compute_metrics = compute_metrics_for(metric, **({"average": average} if average is not None else {}))
     prepared = _prepare(task, model, source, arguments, Reading(tuple(input_column or ()), max_length, image_size))
-    trainer = _trainer(prepared, arguments, compute_metrics, pruning, teacher, distillation)
-    result = _run(trainer, prepared.splits.get("test"), checkpoint)
+    trainer = _trainer(prepared, arguments, compute_metrics, settings, teacher, distillation)
+    result = _run(trainer, prepared.splits.get("test"), resume)
     if trainer.is_world_process_zero():
         show(result, table(("result", ""), [(name, _shown(value)) for name, value in result.items()]), as_json=as_json)
 
@@ -95,7 +103,7 @@ def _shown(value: Any) -> str:
 
 
 def _distillation(
-    words: list[str], teacher: str | None, pruning: PruneConfig | None
+    words: list[str], teacher: str | None, pruning: Pruning | None
 ) -> tuple[DistillConfig | None, list[str]]:
     from hf_prune.parts.distillation import DistillConfig
 
@@ -107,7 +115,9 @@ def _distillation(
     return (DistillConfig(**values) if teacher is not None else None), rest
 
 
-def _training_arguments(context: typer.Context, words: list[str], output: Path, seed: int) -> TrainingArguments:
+def _training_arguments(
+    context: typer.Context, words: list[str], output: Path, seed: int, pruning: Pruning | None
+) -> TrainingArguments:
     from transformers import HfArgumentParser, TrainingArguments
 
     class Parser(HfArgumentParser):
@@ -118,31 +128,31 @@ def _training_arguments(context: typer.Context, words: list[str], output: Path, 
     classes: Any = TrainingArguments
     parser: Any = Parser(classes, allow_abbrev=False)
     arguments, unknown = parser.parse_args_into_dataclasses([*given, *words], return_remaining_strings=True)
-    refuse(context, unknown, ["--" + field.name.replace("_", "-") for field in fields(TrainingArguments)])
+    refuse(context, unknown, TrainingArguments, *([pruning.config] if pruning is not None else []))
     if Path(str(arguments.output_dir)) != output:
         raise typer.BadParameter("the folder of the run is --output; leave --output-dir out.")
     return arguments
 
 
-def _checkpoint(output: Path, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to go on from; None for a new run."""
-    from transformers.trainer_utils import get_last_checkpoint
-
+def _check_output(output: Path, resume: bool, overwrite: bool, arguments: TrainingArguments) -> None:
+    """Raise unless the output folder has a run to go on with, or none; delete the checkpoints of one to replace."""
     from hf_prune.types import PruneError
 
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run and --overwrite replaces it; choose one.")
     if output.exists() and not output.is_dir():
         raise PruneError(f"--output {str(output)!r} is a file; name a folder.")
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if resume and checkpoint is None:
+    begun = [path for pattern in RUN_FOLDERS for path in output.glob(pattern)]
+    if resume and not begun:
         raise PruneError(f"--resume: there is no checkpoint in {str(output)!r}; leave it out to begin a run.")
-    if not (resume or overwrite) and (checkpoint is not None or (output / "config.json").exists()):
+    if not (resume or overwrite) and (begun or (output / "config.json").exists()):
         raise PruneError(
             f"{str(output)!r} holds a run already: --resume goes on with it, --overwrite replaces it, "
             "or choose another --output."
         )
-    return checkpoint if resume else None
+    if overwrite and arguments.should_save:  # else a later --resume might find them
+        for stale in begun:
+            shutil.rmtree(stale)
 
 
 def _prepare(task: str, model: str, source: Source, arguments: TrainingArguments, reading: Reading) -> Prepared:
@@ -160,7 +170,7 @@ def _prepare(task: str, model: str, source: Source, arguments: TrainingArguments
         prepared = chosen.prepare(path, labelled, reading)
     for note in labelled.notes:
         typer.echo(f"hf-prune: {note}.", err=True)
-    arguments.remove_unused_columns &= not chosen.reads_lazily
+    arguments.remove_unused_columns &= not chosen.lazy
     return prepared
 
 
@@ -186,27 +196,23 @@ def _trainer(
     return PruneTrainer(**common, pruning=pruning, teacher=teacher, distillation=distillation)
 
 
-def _run(trainer: Trainer, test: Any, checkpoint: str | None) -> dict[str, Any]:
+def _run(trainer: Trainer, test: Any, resume: bool) -> dict[str, Any]:
     """Train, score, save; the numbers to show."""
     from hf_prune.cli.stopping import StopOnInterrupt
+    from hf_prune.report.origin import scores
 
     stop, begin = StopOnInterrupt(), time.perf_counter()
     trainer.add_callback(stop)
     with stop.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - begin
-    scores = trainer.evaluate()
+    found = scores(trainer.evaluate(), "eval")
     if test is not None:
-        scores |= trainer.evaluate(test, metric_key_prefix="test")
-    kept = {
-        name: value for name, value in scores.items() if not name.endswith(("_runtime", "_second", "_time", "epoch"))
-    }
-    report = getattr(trainer, "report", None)
-    if report is not None:
-        report.metrics.update(kept)
+        found |= scores(trainer.evaluate(test, metric_key_prefix="test"), "test")
     trainer.save_model()
     trainer.save_state()
+    report = getattr(trainer, "report", None)
     about = {"method": report.method, "sparsity": report.sparsity} if report is not None else {}
     assert trainer.model is not None
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return {"output": trainer.args.output_dir, **about, "parameters": parameters, **kept, "seconds": seconds}
+    return {"output": trainer.args.output_dir, **about, "parameters": parameters, **found, "seconds": seconds}

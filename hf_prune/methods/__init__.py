@@ -10,7 +10,9 @@ from hf_prune.config import PruneConfig, closest
 from hf_prune.types import PruneError
 
 METHODS = {
+    "annealing": "hf_prune.methods.annealing",
     "bwcp": "hf_prune.methods.bwcp",
+    "c2s2": "hf_prune.methods.c2s2",
     "channel_similarity": "hf_prune.methods.channel_similarity",
     "dmcp": "hf_prune.methods.dmcp",
     "ezcrop": "hf_prune.methods.ezcrop",
@@ -21,8 +23,10 @@ METHODS = {
     "magnitude": "hf_prune.methods.magnitude",
     "movement": "hf_prune.methods.movement",
     "play_and_prune": "hf_prune.methods.play_and_prune",
+    "prune_while_training": "hf_prune.methods.prune_while_training",
     "resrep": "hf_prune.methods.resrep",
     "weight_importance": "hf_prune.methods.weight_importance",
+    "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

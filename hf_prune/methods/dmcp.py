@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,12 +38,11 @@ from hf_prune.graph.writers import carriers
 from hf_prune.parts import schedules
 from hf_prune.parts.budgets import require_reachable, share_of_sizes
 from hf_prune.parts.channel_gates import (
-    ChannelFunction,
     ChannelGate,
+    ChannelMask,
     ChannelTarget,
-    at_least_float32,
     channel_targets,
-    multiply_channels,
+    passing,
 )
 from hf_prune.parts.distillation import logits_divergence
 from hf_prune.parts.randomness import generator
@@ -141,7 +139,7 @@ def width_grid(units: int, least: float, step: float) -> tuple[int, int, int]:
     return units - groups * size, size, groups
 
 
-class MarkovWidth(ChannelFunction):
+class MarkovWidth(ChannelMask):
     """The law of how many channels stay, and the channels that do: the first ones in the order of `rank`."""
 
     rank: Tensor
@@ -150,10 +148,8 @@ class MarkovWidth(ChannelFunction):
         """rank: place of each channel in the order of going last, `(C,)`.  grid: see `width_grid`."""
         super().__init__(len(rank), like)
         self.least, self.size, self.groups = grid
-        self.alpha = nn.Parameter(torch.zeros(self.groups, dtype=at_least_float32(like), device=like.device))
+        self.alpha = nn.Parameter(torch.zeros(self.groups, dtype=self.dtype, device=like.device))
         self.register_buffer("rank", rank.to(like.device))
-        self.passing: Tensor | None = None
-        """What channels are multiplied by in the pass under way, `(C,)`; None: all channels that the plan keeps."""
 
     def probabilities(self, shift: float = 0.0) -> Tensor:
         """P_k, that group k stays, `(groups,)`; never rising."""
@@ -181,14 +177,6 @@ class MarkovWidth(ChannelFunction):
     def uniform(self, source: torch.Generator) -> int:
         """A width of the grid, each as likely as the others."""
         return self.least + self.size * int(torch.randint(self.groups + 1, (), generator=source))
-
-    def factor(self) -> Tensor:
-        """1 where the plan keeps, else 0."""
-        return self.keep.to(self.alpha.dtype)
-
-    def forward(self, x: Tensor, host: nn.Module) -> Tensor:
-        """`x` times what the pass under way says."""
-        return multiply_channels(x, self.factor() if self.passing is None else self.passing, host)
 
 
 class Search:
@@ -236,7 +224,7 @@ class Search:
                 "set gradient_checkpointing=False for DMCP."
             )
         if phase == "probabilities":
-            with self._passing([width.soft() for width in self.widths]):
+            with passing({width: width.soft() for width in self.widths}):
                 outputs = model(**inputs, **pruner.student_inputs)
                 return pruner.loss(outputs.loss, outputs, inputs)
         outputs = model(**inputs, **pruner.student_inputs)
@@ -253,19 +241,8 @@ class Search:
         return loss
 
     def _run(self, model: nn.Module, sizes: Sequence[int], inputs: Mapping[str, Any]) -> Any:
-        keeps = [width.prefix(size).to(width.alpha.dtype) for width, size in zip(self.widths, sizes, strict=True)]
-        with self._passing(keeps):
+        with passing({width: width.prefix(size) for width, size in zip(self.widths, sizes, strict=True)}):
             return model(**inputs)
-
-    @contextmanager
-    def _passing(self, factors: Sequence[Tensor]) -> Iterator[None]:
-        for width, factor in zip(self.widths, factors, strict=True):
-            width.passing = factor
-        try:
-            yield
-        finally:
-            for width in self.widths:
-                width.passing = None
 
     def _narrower(self) -> Iterator[list[int]]:
         """The narrowest net, then random ones, the same for all parts of a batch and all processes."""

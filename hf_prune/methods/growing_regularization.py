@@ -271,6 +271,7 @@ def build(model: nn.Module, graph: Any, config: GrowingRegularizationConfig) -> 
         selection=penalty.select,
         schedule=schedules.one_shot(config.end),
         fixed_from=config.end,
+        shrink_at=(config.end,) if config.structure == "group" and config.end < 1.0 else (),
         gates=[MaskGate(each, penalty.device) for each in units],
         transforms={
             parameters[tensor]: partial(penalty.transform, parameters[tensor], each) for tensor, each in written.items()

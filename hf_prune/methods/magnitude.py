@@ -17,14 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice
 from hf_prune.parts import schedules, targets
 from hf_prune.parts.gates import MaskGate
-from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.scores import random_ranks
 from hf_prune.types import Paper, Structure
 
 PAPER = Paper(
@@ -80,14 +79,8 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
 
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:
     if config.score == "random":
-        return lambda: {each.name: _permutation(each, config.seed) for each in units}
+        return lambda: {each.name: random_ranks(each, config.seed) for each in units}
     return targets.sizes(model, units, order={"l1": 1, "l2": 2}[config.score])
-
-
-def _permutation(structure: Structure, seed: int) -> Tensor:
-    """Ranks of a shuffle that depends on the seed and the name alone, in (0, 1] whatever the number of units."""
-    order = torch.randperm(structure.units, generator=generator(seed, structure.name))
-    return (order + 1) / structure.units
 
 
 TINY = {

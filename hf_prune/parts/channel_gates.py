@@ -7,7 +7,8 @@ each under one plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -92,6 +93,36 @@ class ChannelFunction(nn.Module):
         return multiply_channels(x, self.factor(), host)
 
 
+class ChannelMask(ChannelFunction):
+    """Channels that the plan keeps; or, in single passes, all of them times `passing`."""
+
+    def __init__(self, channels: int, like: Tensor) -> None:
+        super().__init__(channels, like)
+        self.dtype = at_least_float32(like)
+        self.passing: Tensor | None = None
+        """What channels are multiplied by in the pass under way, `(C,)`; None: by what the plan says."""
+
+    def factor(self) -> Tensor:
+        """1 where the plan keeps, else 0."""
+        return self.keep.to(self.dtype)
+
+    def forward(self, x: Tensor, host: nn.Module) -> Tensor:
+        """`x` times what the pass under way says."""
+        return multiply_channels(x, self.factor() if self.passing is None else self.passing, host)
+
+
+@contextmanager
+def passing(factors: Mapping[ChannelMask, Tensor]) -> Iterator[None]:
+    """Multiply by these factors, `(C,)` each, as long as the block runs."""
+    for mask, factor in factors.items():
+        mask.passing = factor
+    try:
+        yield
+    finally:
+        for mask in factors:
+            mask.passing = None
+
+
 class ChannelScale(ChannelFunction):
     """One learned factor a channel, 1 when new."""
 
@@ -155,7 +186,7 @@ class ChannelGate(Generic[Function]):
         for place, (writer, function) in enumerate(zip(self.writers, each, strict=True)):
             host: Any = model.get_submodule(writer.host)
             if place < len(self.functions):
-                host.add_module(self.kind, function)
+                host.add_module(self.kind, function.train(host.training))
             # In a tuple, so that a function shared by several layers is registered, saved and moved once.
             host.shared_function = (function,)
             host.__class__ = _gated(type(host))  # type: ignore[arg-type]

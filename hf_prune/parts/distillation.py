@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from hf_prune.config import require_range
 from hf_prune.types import PruneError
 
+Teacher = nn.Module | str | Path
+"""A model, a folder, a Hub id, or "self"."""
+
 LOGITS = ("logits", "start_logits", "end_logits")
 _LEAST = torch.finfo(torch.float32).min / 2  # the difference of two is finite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from hf_prune.parts.gates import Gate
 from hf_prune.parts.selection import Selection
 from hf_prune.parts.statistics import Calibration
 from hf_prune.types import Phase, Schedule, Structure
+
+if TYPE_CHECKING:
+    from hf_prune.parts.rounds import Round
 
 
 class Controller(Protocol):
@@ -84,3 +87,5 @@ class Recipe:
     """What the report shall tell of the run, in plain JSON types."""
     frozen: Sequence[str] = ()
     """Parameters that do not train in this run at all."""
+    rounds: Sequence[Round] = ()
+    """Runs in a row that `PruneTrainer` makes instead of one with the parts above (see `parts.rounds`)."""

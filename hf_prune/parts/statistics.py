@@ -178,6 +178,12 @@ def mean(observed: Tensor) -> tuple[Tensor, int]:
     return flat.sum(0, dtype=widest(flat.device)), len(flat)
 
 
+def mean_absolute(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean absolute value of each channel, `(C,)`."""
+    flat = rows(observed)
+    return flat.abs().sum(0, dtype=widest(flat.device)), len(flat)
+
+
 def second_moment(observed: Tensor) -> tuple[Tensor, int]:
     """Mean square of each channel, `(C,)`."""
     flat = rows(observed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_prune import methods
+from hf_prune.types import Report
 
 
 def methods_table() -> list[dict[str, Any]]:
@@ -31,3 +32,17 @@ def _row(name: str) -> dict[str, Any]:
 def _first_author(authors: str) -> str:
     names = [name.strip() for name in authors.replace(" and ", ", ").split(",") if name.strip()]
     return names[0].split()[-1] + (" et al." if len(names) > 1 else "")
+
+
+def layers_table(report: Report) -> list[dict[str, Any]]:
+    """One row a layer or group of a finished run: units before, kept, fraction removed."""
+    return [
+        {
+            "layer": name,
+            "structure": each["structure"],
+            "units": each["units"],
+            "kept": each["kept"],
+            "removed": 1 - each["kept"] / each["units"],
+        }
+        for name, each in report.layers.items()
+    ]
