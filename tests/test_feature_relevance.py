@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_prune import FeatureRelevanceConfig, MagnitudeConfig, PruneConfig, PruneError, Pruner
 from hf_prune.methods.feature_relevance import class_weights
@@ -47,12 +47,12 @@ class Residual(nn.Module):
         self.second, self.n2 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
         self.head = nn.Linear(width, 10, bias=False)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         x = F.max_pool2d(torch.relu(self.n0(self.stem(pixel_values))), 2)
         y = self.n2(self.second(torch.relu(self.n1(self.first(x)))))
         x = torch.relu(y + x)
         logits = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+        return SequenceClassifierOutput(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
 
 
 class Dense(nn.Module):
@@ -60,9 +60,9 @@ class Dense(nn.Module):
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(a, b, bias=False) for a, b in ((7, 9), (9, 8), (8, 4)))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         logits = self.c(torch.relu(self.b(torch.relu(self.a(pixel_values)))))
-        return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+        return SequenceClassifierOutput(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
 
 
 def _relevance(model: nn.Module, images: Tensor, layers: list[str], alpha: float = 2.0) -> dict[str, Tensor]:
@@ -289,9 +289,12 @@ class Small(nn.Module):
             layers += [nn.MaxPool2d(2)] if place == 1 else []
         self.body, self.head = nn.Sequential(*layers), nn.Linear(16, 10)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         logits = self.head(self.body(pixel_values).mean((2, 3)))
-        return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+        return SequenceClassifierOutput(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+
+
+NOISE = 2.0
 
 
 def _patterns(rows: int, seed: int) -> dict[str, Tensor]:
@@ -302,7 +305,7 @@ def _patterns(rows: int, seed: int) -> dict[str, Tensor]:
     grid, phase = torch.arange(16.0), 6.3 * torch.rand(rows, 1, 1, generator=generator)
     waves = (length * angle.cos())[:, None, None] * grid[:, None] + (length * angle.sin())[:, None, None] * grid + phase
     return {
-        "pixel_values": (torch.cos(waves) + 1.2 * torch.randn(rows, 16, 16, generator=generator))[:, None],
+        "pixel_values": (torch.cos(waves) + NOISE * torch.randn(rows, 16, 16, generator=generator))[:, None],
         "labels": labels,
     }
 
