@@ -16,6 +16,7 @@ METHODS = {
     "channel_similarity": "hf_prune.methods.channel_similarity",
     "dmcp": "hf_prune.methods.dmcp",
     "ezcrop": "hf_prune.methods.ezcrop",
+    "feature_relevance": "hf_prune.methods.feature_relevance",
     "gate_decorator": "hf_prune.methods.gate_decorator",
     "growing_regularization": "hf_prune.methods.growing_regularization",
     "lookahead": "hf_prune.methods.lookahead",
