@@ -2,6 +2,7 @@
 #
 #   make test        lint, types, tests            SLOW=1 adds the slow tests, WORKERS=4 uses more processes
 #   make demo        the main job on real data     make demo-quick: the same in tiny
+#   make docs        the tables of README.md, from the methods and the benchmarks' results
 #   make data        every data set and model that tests and examples know
 #
 # PYTHON picks the interpreter, VENV the environment's folder, HF_PRUNE_DATA the folder for data.
@@ -29,7 +30,7 @@ FASHION := $(DEB)/dataset-fashion-mnist.unpacked
 EMOJI := $(NPM)/emoji-datasource-google/package.json $(NPM)/emoji-datasource-twitter/package.json
 
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format demo demo-quick data data-text data-images clean
+.PHONY: help install test lint format docs demo demo-quick data data-text data-images clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -49,6 +50,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 demo: data-text $(FASHION)
 	$(BIN)/python examples/demo.py

@@ -4,8 +4,9 @@
     python benchmarks/storage.py --quick    # a tiny model; prints only
 
 Weights are random and zeros fall anywhere: sizes and times depend on the shapes and the sparsity, not on what was
-learned. Plain and packed checkpoints are loaded in turn in one process with one thread, so that a busy machine slows
-both alike; once with the file in the page cache, where transformers only maps a plain one, and once read from disk.
+learned. Plain and packed checkpoints are loaded and run once in turn, in one process with one thread, so that a busy
+machine slows both alike: with the file in the page cache, where a plain one is only mapped and none of its pages are
+written, and read from disk; on one short sentence, one of common length, and a batch of 32 times 64 tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_prune
 from hf_prune.checkpoint import save_pretrained
+from hf_prune.timing import compare, machine
 
 RESULTS = Path(__file__).parent / "results" / "storage.json"
 TINY = {
@@ -39,7 +40,8 @@ TINY = {
     "vocab_size": 500,
 }
 SPARSITY = 0.9
-INPUT_SHAPE = (1, 32)
+INPUT_SHAPES = ((1, 32), (1, 128), (32, 64))
+GOAL = 1.5
 FORMATS = ("none", "gap8", "bitmask")
 
 
@@ -68,36 +70,34 @@ def forget(file: Path) -> None:
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load_and_run(folder: Path, cached: bool) -> tuple[float, float, torch.Tensor]:
-    """Seconds to load, seconds to load and run once, and what the model said."""
+def load(folder: Path, cached: bool) -> BertForSequenceClassification:
     if not cached:
         forget(folder / "model.safetensors")
-    ids = torch.arange(INPUT_SHAPE[1]).expand(INPUT_SHAPE)
-    start = time.perf_counter()
-    model = BertForSequenceClassification.from_pretrained(folder)
-    loaded = time.perf_counter()
-    with torch.no_grad():
-        logits = model(ids).logits
-    return loaded - start, time.perf_counter() - start, logits
+    return BertForSequenceClassification.from_pretrained(folder)
 
 
-def measure(folders: dict[str, Path], repeats: int, cached: bool) -> dict[str, dict[str, float]]:
+@torch.no_grad()
+def load_and_run(folder: Path, cached: bool, shape: tuple[int, int]) -> torch.Tensor:
+    """What the loaded model says."""
+    return load(folder, cached)(torch.arange(shape[1]).expand(shape)).logits
+
+
+def measure(
+    folders: dict[str, Path], shape: tuple[int, int], repeats: int, cached: bool
+) -> dict[str, dict[str, float]]:
     """Median seconds per format and their ratio to plain, the formats taken in turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
-    reference = load_and_run(folders["none"], cached)[2]
-    for _ in range(repeats):
-        for name, folder in folders.items():
-            *seconds, logits = load_and_run(folder, cached)
-            if not torch.equal(logits, reference):
-                raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
-            times[name].append((seconds[0], seconds[1]))
-    loads = {name: statistics.median(load for load, _ in pairs) for name, pairs in times.items()}
-    totals = {name: statistics.median(total for _, total in pairs) for name, pairs in times.items()}
+    reference = load_and_run(folders["none"], cached, shape)
+    for name, folder in folders.items():
+        if not torch.equal(load_and_run(folder, cached, shape), reference):
+            raise RuntimeError(f"{name} does not give the logits of the plain checkpoint")
+    loads = {f"load {name}": partial(load, folder, cached) for name, folder in folders.items()}
+    totals = {f"total {name}": partial(load_and_run, folder, cached, shape) for name, folder in folders.items()}
+    seconds = {key: each.median_ms / 1e3 for key, each in compare({**loads, **totals}, rounds=repeats).items()}
     return {
         name: {
-            "load_seconds": loads[name],
-            "load_and_first_forward_seconds": totals[name],
-            "load_and_first_forward_over_plain": totals[name] / totals["none"],
+            "load_seconds": seconds[f"load {name}"],
+            "load_and_first_forward_seconds": seconds[f"total {name}"],
+            "load_and_first_forward_over_plain": seconds[f"total {name}"] / seconds["total none"],
         }
         for name in folders
     }
@@ -112,14 +112,17 @@ def run(config: BertConfig, repeats: int) -> dict[str, Any]:
         folders = {name: Path(root) / name for name in FORMATS}
         for name, folder in folders.items():
             save_pretrained(model, folder, encode=name)
-        cached, uncached = measure(folders, repeats, cached=True), measure(folders, repeats, cached=False)
+        times = {
+            f"{place}, {shape[0]} x {shape[1]} tokens": measure(folders, shape, repeats, place == "cached")
+            for place in ("cached", "disk")
+            for shape in INPUT_SHAPES
+        }
         formats = {
             name: {
                 "file_bytes": (folder / "model.safetensors").stat().st_size,
                 "config_bytes": (folder / "config.json").stat().st_size,
                 "encoder_weights_times_smaller": dense_bytes / stored_bytes(folder, names),
-                "file_in_page_cache": cached[name],
-                "file_on_disk": uncached[name],
+                "times": {condition: rows[name] for condition, rows in times.items()},
             }
             for name, folder in folders.items()
         }
@@ -130,20 +133,20 @@ def run(config: BertConfig, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny model, two repeats, nothing written")
-    parser.add_argument("--repeats", type=int, default=9, help="loads of each format")
+    parser.add_argument("--repeats", type=int, default=7, help="loads of each format")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     result = {
         "command": " ".join(["python", "benchmarks/storage.py", *sys.argv[1:]]),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "machine": {"processor": machine(), "threads": torch.get_num_threads(), "system": platform.platform()},
         "versions": {
             "hf_prune": hf_prune.__version__,
             **{module.__name__: module.__version__ for module in (torch, transformers, safetensors)},
         },
         "sparsity": SPARSITY,
-        "input_shape": INPUT_SHAPE,
+        "goal": f"load and first forward at most {GOAL} of plain",
         "repeats": 2 if args.quick else args.repeats,
     }
     result |= run(BertConfig(**TINY) if args.quick else BertConfig(), result["repeats"])
@@ -152,11 +155,6 @@ def main() -> None:
     if not args.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(text + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_prune import DistillConfig, MovementConfig, PruneTrainer, metrics
+from hf_prune.cli.bench import bench
 from hf_prune.demo_data import load_movie_sentiment, minilm_path
+from hf_prune.report.card import About, write_card
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--tiny", action="store_true", help="a few hundred rows, so that it ends within minutes")
@@ -35,9 +39,11 @@ parser.add_argument(
 parser.add_argument("--sparsity", type=float, default=0.9, help="fraction of the encoder's weights to remove")
 parser.add_argument("--metric", default="accuracy", help="accuracy, f1, or any name that evaluate.load finds")
 parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+parser.add_argument("--cards", type=Path, help="folder for the model cards; model_cards, or beside a tiny run")
 options = parser.parse_args()
 if options.tiny:
     options.rows, options.epochs = 512, 2
+options.cards = options.cards or (options.output if options.tiny else Path("model_cards"))
 logging.set_verbosity_error()
 
 tokenizer = AutoTokenizer.from_pretrained(minilm_path())
@@ -89,7 +95,21 @@ def prune(name, teacher, **variant):
     pruning = MovementConfig(final_sparsity=options.sparsity, begin=0.05, end=0.7, **variant)
     distillation = DistillConfig(temperature=2.0, alpha=0.9)
     settings = common(name, options.epochs, 2e-4)
-    return run(name, PruneTrainer(**settings, pruning=pruning, teacher=teacher, distillation=distillation))
+    trainer = PruneTrainer(**settings, pruning=pruning, teacher=teacher, distillation=distillation)
+    row = run(name, trainer)
+    write_model_card(name, trainer)
+    return row
+
+
+def write_model_card(name, trainer):
+    """Score the finished model and time it, which fills its report, and write the card that a push would."""
+    folder = options.output / name / "model"
+    trainer.evaluate()
+    trainer.predict(data["test"])
+    trainer.save_model(str(folder))
+    bench([str(options.output / "dense" / "model"), str(folder)], save=True)
+    about = About(name=f"minilm-movie-{name}", base_model=BASE, language=("en",))
+    write_card(folder, about, to=options.cards / f"{about.name}.md")
 
 
 table = Table("model", "removed", options.metric, "file, MB", "seconds", title="Movie sentiment, test rows")

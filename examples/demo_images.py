@@ -26,8 +26,10 @@ from transformers.utils import logging
 
 import hf_prune
 from hf_prune import MagnitudeConfig, PruneTrainer, metrics
+from hf_prune.cli.bench import bench
 from hf_prune.demo_data import load_fashion_mnist
 from hf_prune.graph import trace
+from hf_prune.report.card import About, write_card
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--tiny", action="store_true", help="a few hundred rows, so that it ends within a minute")
@@ -37,9 +39,11 @@ parser.add_argument(
 )
 parser.add_argument("--flops", type=float, default=0.5, help="fraction of the multiply-adds to keep")
 parser.add_argument("--output", type=Path, default=Path("runs/demo_images"))
+parser.add_argument("--cards", type=Path, help="folder for the model cards; model_cards, or beside a tiny run")
 options = parser.parse_args()
 if options.tiny:
     options.rows = 1024
+options.cards = options.cards or (options.output if options.tiny else Path("model_cards"))
 logging.set_verbosity_error()
 
 
@@ -88,6 +92,17 @@ def run(name, trainer):
     ]
 
 
+def write_model_card(name, trainer):
+    """Score the finished model and time it, which fills its report, and write the card that a push would."""
+    folder = options.output / name / "model"
+    trainer.evaluate()
+    trainer.predict(data["test"])
+    trainer.save_model(str(folder))
+    bench([str(options.output / "dense" / "model"), str(folder)], image_size=28, save=True)
+    about = About(name=f"resnet-fashion-{name.replace(' ', '-').lower()}")
+    write_card(folder, about, to=options.cards / f"{about.name}.md")
+
+
 set_seed(0)
 sizes = {"num_channels": 1, "embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "num_labels": 10}
 dense = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", downsample_in_first_stage=False))
@@ -95,5 +110,7 @@ table = Table("model", "multiply-adds, M", "file, MB", "accuracy", "seconds", ti
 table.add_row(*run("dense", Trainer(**common("dense", dense, 3e-3))))
 for name, scope in (("global L1", "global"), ("uniform L1", "per_group")):
     pruning = MagnitudeConfig(target_flops=options.flops, scope=scope, begin=0.0, end=0.3)
-    table.add_row(*run(name, PruneTrainer(**common(name, copy.deepcopy(dense), 1e-3), pruning=pruning)))
+    trainer = PruneTrainer(**common(name, copy.deepcopy(dense), 1e-3), pruning=pruning)
+    table.add_row(*run(name, trainer))
+    write_model_card(name, trainer)
 Console().print(table)

@@ -20,6 +20,7 @@ _EXPORTS = {
     "CheckpointError": "hf_prune.types",
     "prune": "hf_prune.api",
     "save_pretrained": "hf_prune.checkpoint",
+    "push_to_hub": "hf_prune.checkpoint",
 }
 """Public name -> module, imported on first use so that `import hf_prune` stays quick."""
 

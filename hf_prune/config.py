@@ -9,7 +9,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-GOALS = ("final_sparsity", "target_params", "target_flops", "target_latency", "target_bytes", "max_metric_drop")
+GOALS = (
+    "final_sparsity",
+    "target_units",
+    "target_params",
+    "target_flops",
+    "target_latency",
+    "target_bytes",
+    "max_metric_drop",
+)
 SCOPES = ("global", "per_group")
 
 
@@ -33,6 +41,7 @@ class PruneConfig:
     method: ClassVar[str] = ""
 
     final_sparsity: float | None = None  # fraction of prunable weights removed at the end, in [0, 1)
+    target_units: float | None = None  # fraction of the units of the groups (channels, heads, neurons) kept, in (0, 1]
     target_params: float | None = None  # fraction of parameters kept, in (0, 1]
     target_flops: float | None = None  # fraction of multiply-adds kept, in (0, 1]
     target_latency: float | None = None  # fraction of the dense latency kept, measured on this machine, in (0, 1]
@@ -72,7 +81,7 @@ class PruneConfig:
             raise ValueError(f"a run has one goal, got {', '.join(given)}; keep one of them.")
         if self.final_sparsity is not None:
             require_range("final_sparsity", self.final_sparsity, 0.0, 1.0, closed_right=False)
-        for name in ("target_params", "target_flops", "target_latency", "target_bytes"):
+        for name in (goal for goal in GOALS if goal.startswith("target_")):
             if getattr(self, name) is not None:
                 require_range(name, getattr(self, name), 0.0, 1.0, closed_left=False)
         if self.max_metric_drop is not None:

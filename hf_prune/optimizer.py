@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_prune.graph import select
 from hf_prune.types import PruneError
 
 OWN_STATE = "hf_prune"
@@ -140,6 +141,28 @@ class PruneOptimizer(torch.optim.Optimizer):
                 elif parameter in self.rules.transforms:
                     parameter.grad = self.rules.transforms[parameter](parameter.grad)
 
+    def moments(self) -> list[dict[str, Any]]:
+        """What the inner optimizers remember of each parameter, in the order of the groups; copies in main memory."""
+        states = (optimizer.state.get(parameter, {}) for optimizer, parameter in self._owned())
+        return [{key: _in_main_memory(value) for key, value in state.items()} for state in states]
+
+    def set_moments(self, moments: Sequence[Mapping[str, Any]]) -> None:
+        """Return to what `moments` gave; learning rates and all else of the groups stay."""
+        for (optimizer, parameter), saved in zip(self._owned(), moments, strict=True):
+            state = optimizer.state[parameter]
+            for key in state.keys() - saved.keys():
+                del state[key]
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                    state[key].copy_(value)  # stays on its device
+                else:
+                    state[key] = _in_main_memory(value)
+
+    def _owned(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                yield from ((optimizer, parameter) for parameter in group["params"])
+
     @contextmanager
     def _scaled_rates(self) -> Iterator[None]:
         if self.rules.lr_scale is None:
@@ -153,6 +176,39 @@ class PruneOptimizer(torch.optim.Optimizer):
         finally:
             for group, rate in rates:
                 group["lr"] = rate
+
+    def obstacle(self) -> str | None:
+        """Why `slice` cannot cut the state, if something in it is neither a number nor like its parameter."""
+        for optimizer in self._all:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+                    if isinstance(value, (list, dict)) or shape not in (None, (), (1,), tuple(parameter.shape)):
+                        kind = f"of shape {shape}" if shape else "that is no tensor"
+                        return (
+                            f"{type(optimizer).__name__} keeps {name!r} {kind} for a parameter of shape "
+                            f"{tuple(parameter.shape)}, which does not say what belongs to which unit"
+                        )
+        return None
+
+    @torch.no_grad()
+    def slice(self, parameter: nn.Parameter, shape: tuple[int, ...], indices: Sequence[Tensor]) -> None:
+        """Keep the given indices of each dimension of what the state has in `shape`, the parameter's before its cut."""
+        self._rewrite_moments(parameter, shape, lambda moment: select(moment, indices))
+
+    @torch.no_grad()
+    def erase(self, parameter: nn.Parameter, keep: Tensor) -> None:
+        """Set what the state has for entries that `keep` drops to zero; bool, of the shape of `parameter`."""
+        self._rewrite_moments(parameter, tuple(parameter.shape), lambda moment: torch.where(keep, moment, 0.0))
+
+    def _rewrite_moments(
+        self, parameter: nn.Parameter, shape: tuple[int, ...], rewrite: Callable[[Tensor], Tensor]
+    ) -> None:
+        for optimizer in self._all:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == shape:
+                    state[name] = rewrite(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The user's optimizer's state, and under one more key that of the rest."""
@@ -193,3 +249,7 @@ def remove_from_groups(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
     moved = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
+
+
+def _in_main_memory(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

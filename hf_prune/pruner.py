@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from types import ModuleType
@@ -14,16 +15,23 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
+from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
-from hf_prune.parts.distillation import DistillConfig, Distiller, load_teacher
-from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
+from hf_prune.parts.budgets import CORRECTIONS
+from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
+from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
+from hf_prune.parts.rounds import Build, Round
+from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
+from hf_prune.report.origin import base_model
 from hf_prune.types import Group, Phase, Plan, PruneError, Report
 
 if TYPE_CHECKING:
     from hf_prune.graph import Graph
+
+_ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
 
 
 ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
@@ -65,9 +73,14 @@ class Pruner:
         config: the method and its settings.
         example_inputs: inputs by name for one forward pass, or a function that gives them, needed by methods that look
             at the model's graph; the model's own `dummy_inputs` where omitted.
-        teacher: a model, a folder, a Hub id, or "self"; None for no distillation.
+        data: batches as the model takes them, with labels (a list, a DataLoader, or a function that opens one), needed
+            by methods that measure their scores.
+        evaluate: model -> its metrics on validation data, the same on every process, needed by methods that guard one.
+        teacher: a model, a folder, a Hub id, or "self", or several of them, whose probabilities are averaged; None for
+            no distillation.
         distillation: weights of the distillation terms.
         tokenizer: compared with the teacher's where both are known.
+        build: in place of the method's own, for one of its rounds.
     """
 
     def __init__(
@@ -76,25 +89,36 @@ class Pruner:
         config: PruneConfig,
         example_inputs: ExampleInputs = None,
         *,
-        teacher: nn.Module | str | Path | None = None,
+        data: Data | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
         distillation: DistillConfig | None = None,
         tokenizer: Any = None,
+        build: Build | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.method = methods.load(config.method)
         _check_goal(config, self.method)
-        if distillation is not None and teacher is None:
+        self._teachers = _listed(teacher)
+        if distillation is not None and not self._teachers:
             raise PruneError("distillation needs a teacher: a model, a folder, a Hub id or 'self'.")
-        self.distillation = distillation or (DistillConfig() if teacher is not None else None)
-        self._teacher, self._tokenizer = teacher, tokenizer
+        self.distillation = distillation or (DistillConfig() if self._teachers else None)
+        self._tokenizer, self._build = tokenizer, build or self.method.build
         self.graph = LazyGraph(model, example_inputs)
+        self.calibration = Calibration(model, data)
+        self._evaluate = evaluate
+        self._optimizer: PruneOptimizer | None = None
+        self._snapshot: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
         self.distiller: Distiller | None = None
         self.report: Report | None = None
         self.phase = Phase("train")
         self._step = -1
         self._progress = 0.0
+        self._share = 0.0
         self._fixed = False
+        self._narrowing: Narrowing | None = None
+        self._cuts = 0
         self._last_terms: dict[str, Tensor] = {}
 
     @property
@@ -107,6 +131,16 @@ class Pruner:
         """Whether the method runs the model itself, several times a batch: `batch_loss` instead of model and `loss`."""
         return self._attached.passes is not None
 
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The runs that the method is made of, where it is made of several."""
+        return self._attached.rounds
+
+    def as_own(self, report: Report) -> Report:
+        """`report` of a run that this one's method has made, under this one's method, config and paper."""
+        config, paper = self.config.to_dict(), asdict(self.method.PAPER)
+        return replace(report, method=self.config.method, config=config, paper=paper)
+
     def attach(self) -> None:
         """Build the recipe and insert its gates. Call before the model is wrapped (DDP, compile) or resumed.
 
@@ -115,15 +149,28 @@ class Pruner:
         """
         if self.attached or self.report is not None:
             raise PruneError("this Pruner was attached before; make a new one for another run.")
-        if self.distillation is not None and self._teacher is not None:
-            teacher = load_teacher(self._teacher, self.model, self._tokenizer)
-            self.distiller = Distiller([teacher], self.distillation, self.model)
-        recipe = self.method.build(self.model, self.graph, self.config)
+        if self.distillation is not None:
+            teachers = [load_teacher(each, self.model, self._tokenizer) for each in self._teachers]
+            self.distiller = Distiller(teachers, self.distillation, self.model)
+        recipe = self._build(self.model, self.graph, self.config)
+        if recipe.measured_scores is not None and recipe.needs_data and not self.calibration.given:
+            raise PruneError(
+                f"method {self.config.method!r} with these settings measures its scores on data: give "
+                "hf_prune.prune(...) or Pruner(...) data=, batches as the model takes them."
+            )
+        if recipe.review is not None and self._evaluate is None:
+            raise PruneError(
+                f"method {self.config.method!r} looks at a metric while it prunes: give PruneTrainer one eval_dataset, "
+                "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
+            )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
+        if any(isinstance(each, GroupUnits) for each in recipe.structures):
+            _refuse_unshrinkable(self.model, self.graph)
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
             for gate in recipe.gates:
                 gate.insert(self.model)
+            self._narrowing = _narrowing(self.model, self.graph, recipe, self.config)
         self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -149,7 +196,8 @@ class Pruner:
             lr_scale=(lambda: self.phase.lr_scale) if controlled else None,
         )
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        self._optimizer = PruneOptimizer(optimizer, rules, extras, saved={"pruner": self})
+        return self._optimizer
 
     def _gate_parameters(self) -> dict[str, list[nn.Parameter]]:
         kinds: dict[str, list[nn.Parameter]] = {}
@@ -182,13 +230,50 @@ class Pruner:
         if total_steps < 1:
             raise PruneError(f"total_steps must be at least 1, got {total_steps}; progress is step / total_steps.")
         self._fixed = self._fixed and step > self._step  # a run that starts again selects again
+        self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
             share = recipe.schedule(self._progress) if recipe.schedule else self._progress
-            self._set_plan(recipe.selection(recipe.scores() if recipe.scores else {}, share))
-            self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
+            self._select(share)
+            measured = self.config.goal is not None and self.config.goal.name in CORRECTIONS
+            ended = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
+            self._fixed = ended or (measured and share >= 1.0)  # what was measured is what must stay
         if recipe.controller is not None:
-            self.observe({"progress": self._progress, "sparsity": self.sparsity})
+            own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
+            self.observe(own)
+        if recipe.review is not None:
+            recipe.review(self)
+            if recipe.controller is not None:
+                self.phase = recipe.controller.phase(step)
+        due = sum(self._progress >= point - _ROUNDING for point in recipe.shrink_at)
+        if due > self._cuts:
+            self._cuts = due
+            self.shrink_now()
+
+    def _select(self, share: float) -> None:
+        """Set the plan at `share` of the way to the goal, from scores as they are now."""
+        recipe, before = self._attached, self._share
+        assert recipe.selection is not None
+        self._share = share
+        if recipe.measured_scores is None:
+            scores = recipe.scores() if recipe.scores else {}
+        elif share == 0.0:
+            return self._set_plan({each.name: torch.ones(each.units, dtype=torch.bool) for each in recipe.structures})
+        elif share == before:
+            return None
+        else:
+            with evaluating(self.model):
+                scores = recipe.measured_scores(self.calibration)
+        return self._set_plan(recipe.selection(self._lowest_where_gone(scores), share))
+
+    def _lowest_where_gone(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores so low for units that are gone for good that they are never taken before others."""
+        gone = {name: ~keep for name, keep in self._alive.items()}
+        return {n: score.masked_fill(gone[n], -torch.inf) if n in gone else score for n, score in scores.items()}
+
+    @property
+    def _alive(self) -> Plan:
+        return self._narrowing.alive if self._narrowing is not None else {}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell the controller how the run goes (metrics of an evaluation); it may change what trains next."""
@@ -197,9 +282,69 @@ class Pruner:
             controller.observe(metrics)
             self.phase = controller.phase(max(self._step, 0))
 
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now, on validation data; modes and random state come back as they were."""
+        assert self._evaluate is not None  # `attach` refuses methods that review a run without
+        with evaluating(self.model):
+            return dict(self._evaluate(self.model))
+
+    def snapshot(self) -> None:
+        """Remember model and optimizer as they are, in main memory and in `state_dict`, in place of the last one."""
+        self._snapshot = {
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()},
+            "moments": self._optimizer.moments() if self._optimizer is not None else [],
+        }
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Return model and optimizer to the last snapshot; steps, learning rates and the controller go on.
+
+        Raises:
+            PruneError: no snapshot was taken, or the model was cut after it.
+        """
+        if self._snapshot is None:
+            raise PruneError(
+                "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
+            )
+        self.model.load_state_dict(self._snapshot["model"])
+        if self._optimizer is not None and self._snapshot["moments"]:
+            self._optimizer.set_moments(self._snapshot["moments"])
+
     def _set_plan(self, plan: Plan) -> None:
+        alive = self._alive
         for gate in self._attached.gates:
-            gate.set_keep(plan[gate.name])
+            gate.set_keep(plan[gate.name] & alive[gate.name] if gate.name in alive else plan[gate.name])
+
+    def shrink_now(self, plan: Plan | None = None) -> None:
+        """Cut units out of the model, the optimizer's state and the gates for good, while the run goes on.
+
+        Training goes on as if the units were masked, at lower cost (dropout draws other numbers for other shapes).
+        Plans, scores and the report stay in units of the model as it was attached; parameters, parameter groups and
+        gates stay the same objects. Units of groups under LayerNorm-like statistics and of head widths, whose cut is
+        not exact or moves a scale into weights, stay as zeros until `finalize`; so do all when several processes train,
+        after `keep_whole`, and where the optimizer's state has no part for each unit.
+
+        plan: the units that stay, of any groups; what the gates keep now, where omitted.
+
+        Raises:
+            PruneError: the method has gates that cannot be cut, or the model would not run: the units are masked only.
+        """
+        narrowing = self._narrowing if self._attached else None
+        if narrowing is None:
+            raise PruneError(
+                f"method {self.config.method!r} has no masks over dimension groups that could be cut while it runs; "
+                "its units are removed by finalize()."
+            )
+        if plan is not None:
+            narrowing.check(plan)
+            self._set_plan({**self.plan, **plan})
+        narrowing.cut(self.plan, self._optimizer)
+        self._snapshot = None  # of a model of other shapes
+
+    def keep_whole(self, reason: str) -> None:
+        """Have `shrink_now` only mask units for good, because of what wraps the model (torch.compile, say)."""
+        if self._attached.shrink_at and self._narrowing is not None:
+            self._narrowing.keep_whole(reason)
 
     @property
     def plan(self) -> Plan:
@@ -265,8 +410,12 @@ class Pruner:
         return self.distillation.student_flags if self.distillation is not None else {}
 
     def logs(self) -> dict[str, float]:
-        """What a progress bar or TensorBoard should show: sparsity, loss terms, the controller's multiplier."""
+        """What a progress bar or TensorBoard should show: sparsity, prices, loss terms, what steers them."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
+        if prices := self._prices(self._group_plan(self.plan)):
+            values["multiply_adds_kept"] = prices["multiply_adds"]["kept"] / prices["multiply_adds"]["dense"]
+        if self.distiller is not None:
+            values["temperature"] = self.distiller.config.temperature
         weight = getattr(self._attached.controller, "weight", None)
         return values if weight is None else {**values, "penalty_weight": weight}
 
@@ -280,11 +429,23 @@ class Pruner:
         Where it raises, no score or mask is lost, and it can be called again.
         """
         _, report = self._bake(self.model)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self.recipe, self.distiller, self._last_terms = None, None, {}
+        self._release()
         self.report = report
         return report
+
+    def _release(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.recipe, self.distiller, self._narrowing, self._optimizer = None, None, None, None
+        self._last_terms, self._snapshot = {}, None
+
+    def detach(self) -> None:
+        """Take the gates out again, before any step was made: the model is the plain one that it was."""
+        for gate in self._attached.gates:
+            gate.fold(self.model)
+        if self._narrowing is not None:
+            self._narrowing.finish(self.model)
+        self._release()
 
     def _bake(self, model: nn.Module) -> tuple[nn.Module, Report]:
         recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
@@ -295,12 +456,31 @@ class Pruner:
                 gate.fold(model)
         finally:
             model.train(was_training)
-        groups = {each.name: plan[each.name] for each in recipe.structures if isinstance(each, GroupUnits)}
+        if self._narrowing is not None:
+            self._narrowing.finish(model)
+        groups = self._group_plan(plan)
         frozen = self.graph.frozen if groups else {}
         report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
+        report = replace(
+            report,
+            run=dict(recipe.record()) if recipe.record is not None else {},
+            prices=self._prices(groups),
+            base_model=base_model(model),
+        )
         if groups:
             _shrink(model, self.graph, groups)
         return model, report
+
+    def _group_plan(self, plan: Plan) -> Plan:
+        """The part of `plan` that is about dimension groups: what makes the model narrower."""
+        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, GroupUnits)}
+
+    def _prices(self, groups: Plan) -> dict[str, dict[str, float]]:
+        """`Report.prices` of a group plan; none without groups, so that a method on weights needs no trace."""
+        if not groups:
+            return {}
+        dense, kept = asdict(self.graph.traced.price()), asdict(self.graph.traced.price(groups))
+        return {name: {"dense": dense[name], "kept": kept[name]} for name in dense}
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs beside model and optimizer; plain numbers and tensors."""
@@ -309,8 +489,11 @@ class Pruner:
             "config": self.config.to_json(),
             "step": self._step,
             "progress": self._progress,
+            "share": self._share,
             "fixed": self._fixed,
+            "cuts": self._cuts,
             "controller": controller.state_dict() if controller is not None else {},
+            "snapshot": self._snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -324,7 +507,9 @@ class Pruner:
                 f"the checkpoint was written with another pruning config; it had\n{state['config']}\n"
                 "Resume with that one: PruneConfig.from_json reads it."
             )
-        self._step, self._progress, self._fixed = state["step"], state["progress"], state["fixed"]
+        self._step, self._progress = state["step"], state["progress"]
+        self._share, self._fixed, self._cuts = state["share"], state["fixed"], state["cuts"]
+        self._snapshot = state["snapshot"]
         controller = self._attached.controller
         if controller is not None:
             controller.load_state_dict(state["controller"])
@@ -338,6 +523,16 @@ class Pruner:
         return self.recipe
 
 
+def _refuse_unshrinkable(model: nn.Module, graph: LazyGraph) -> None:
+    """Raise now for what would stop `_shrink` at the end, whatever the plan: hooks, another tool's quantization."""
+    from hf_prune.checkpoint.save import earlier_table
+    from hf_prune.graph.verify import check_model
+
+    check_model(model, graph.traced)
+    if isinstance(model, PreTrainedModel):
+        earlier_table(model)
+
+
 def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     """Remove the units that `plan` drops, and note it in the config, so that any save of the model can be loaded."""
     from hf_prune.checkpoint import mark
@@ -346,6 +541,26 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     table = shrink(model, graph.traced, plan)
     if isinstance(model, PreTrainedModel):
         mark(model, table)
+
+
+def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
+    """What can cut units out during the run, where every gate allows it."""
+    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
+    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
+    if structures and len(gates) == len(recipe.gates):
+        return Narrowing(model, graph.traced, structures, gates)
+    if recipe.shrink_at:
+        raise PruneError(
+            f"method {config.method!r} wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its "
+            "gates are masks over dimension groups."
+        )
+    return None
+
+
+def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
+    if teacher is None:
+        return []
+    return [teacher] if isinstance(teacher, (nn.Module, str, Path)) else list(teacher)
 
 
 def _check_goal(config: PruneConfig, method: ModuleType) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -61,8 +62,9 @@ class Case:
 
     def pruner(self, model: PreTrainedModel) -> Pruner:
         """A pruner of `model`, not yet attached."""
-        example = {k: v for k, v in self.batches(model, 1)[0].items() if k != "labels"}
-        return Pruner(model, self.config, example_inputs=example)
+        data = self.batches(model, 2)
+        example = {k: v for k, v in data[0].items() if k != "labels"}
+        return Pruner(model, self.config, example_inputs=example, data=data, evaluate=partial(_metrics, batch=data[1]))
 
 
 def tiny_cases(method: str) -> Iterator[Case]:
@@ -135,6 +137,12 @@ class Run:
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     chunks = {name: values.chunk(parts) for name, values in batch.items()}
     return [{name: values[i] for name, values in chunks.items()} for i in range(parts)]
+
+
+@torch.no_grad()
+def _metrics(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    output = model(**batch)
+    return {"loss": float(output.loss), "accuracy": float((output.logits.argmax(-1) == batch["labels"]).float().mean())}
 
 
 @torch.no_grad()

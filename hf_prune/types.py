@@ -5,6 +5,7 @@ Nothing here imports another module of the package, so every other module may im
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -141,9 +142,12 @@ class ShapeTable:
         return bool(self.shapes or self.attributes)
 
 
+PRUNING_FILE = "pruning.json"
+
+
 @dataclass(frozen=True)
 class Report:
-    """What a finished run did; the content of `pruning.json`."""
+    """What a finished run did; the content of `PRUNING_FILE`."""
 
     method: str
     config: dict[str, Any]
@@ -151,13 +155,30 @@ class Report:
     sparsity: float
     """Fraction of prunable weights removed."""
     layers: dict[str, dict[str, Any]]
-    """Weight or group name -> `units`, `kept`, `structure` (and `indices` of kept units where units were removed)."""
+    """Weight or group name -> `units`, `kept`, `structure`; a group's `role` and `indices` of kept units too."""
     parameters: dict[str, int]
     """`dense`: all of the model before; `prunable`: weights that could have gone; `kept`: those that stayed."""
     metrics: dict[str, Any] = field(default_factory=dict)
+    """What the finished model scored, named as `Trainer` names it: `eval_accuracy`, `test_loss`."""
     frozen: dict[str, str] = field(default_factory=dict)
     """Group name -> why it kept its size."""
+    prices: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`multiply_adds` (per sample), `parameters`, `bytes` -> `dense`, `kept`; empty where no group could be pruned."""
+    latency: dict[str, Any] = field(default_factory=dict)
+    """`machine`, and `dense` and `kept`, each with `median_ms`, `low_ms`, `high_ms`; empty where nothing was timed."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`train`, and the prefix of each entry in `metrics` -> `name`, `id` on the Hub, `config`, `split`, `rows`."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """What `Trainer` ran with; empty where nothing was trained."""
+    base_model: str | None = None
+    """Hub id of the model that was pruned, where it came from there."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What the method tells of its run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)

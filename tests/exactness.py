@@ -10,28 +10,13 @@ from torch import Tensor, nn
 
 from hf_prune.graph import Graph, mask, shrink, trace
 from hf_prune.graph.trace import Inputs, call, distinct_tensors
+from hf_prune.graph.verify import random_keep, random_plan
 from hf_prune.types import Group, Plan
-
-
-def mixed_plan(groups: Iterable[Group], low: float = 0.1, high: float = 0.6) -> Plan:
-    """Another ratio for every group, random units: equal ratios hide sizes that were taken for one another."""
-    generator = torch.Generator().manual_seed(7)
-    plan = {}
-    for group in groups:
-        ratio = low + (high - low) * torch.rand((), generator=generator).item()
-        plan[group.name] = keep_of(group.size, max(1, round(group.size * (1 - ratio))), generator)
-    return plan
 
 
 def even_plan(groups: Iterable[Group], ratio: float) -> Plan:
     generator = torch.Generator().manual_seed(7)
-    return {each.name: keep_of(each.size, max(1, round(each.size * (1 - ratio))), generator) for each in groups}
-
-
-def keep_of(units: int, count: int, generator: torch.Generator) -> Tensor:
-    keep = torch.zeros(units, dtype=torch.bool)
-    keep[torch.randperm(units, generator=generator)[:count]] = True
-    return keep
+    return {each.name: random_keep(each.size, max(1, round(each.size * (1 - ratio))), generator) for each in groups}
 
 
 @torch.no_grad()
@@ -47,7 +32,7 @@ def difference(left: list[Tensor], right: list[Tensor]) -> float:
 def check_exact(model: nn.Module, inputs: Inputs, tolerance: float = 1e-10) -> Graph:
     """Masked and shrunk models agree for a mixed plan over every group that is not normalised; masking matters."""
     graph = trace(model, inputs)
-    plan = mixed_plan(group for group in graph.groups.values() if not group.normalised)
+    plan = random_plan(group for group in graph.groups.values() if not group.normalised)
     if plan:
         masked, shrunk = copy.deepcopy(model), copy.deepcopy(model)
         mask(masked, graph, plan)

@@ -63,13 +63,13 @@ def test_rows_keep_their_group_together_and_their_order_whatever_the_input_order
 
     features = Features({"x": Value("int64")})
     rows = [splits.Row(f"key {i}", f"group {i % 40}", {"x": i}) for i in range(200)]
-    data = splits.to_dataset_dict(rows, features, None)
+    data = splits.to_dataset_dict("letters", rows, features, None)
     groups = [{x % 40 for x in part["x"]} for part in data.values()]
     assert sum(len(part) for part in data.values()) == 200
     assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
-    backwards = splits.to_dataset_dict(reversed(rows), features, None)
+    backwards = splits.to_dataset_dict("letters", reversed(rows), features, None)
     assert all(list(data[split]["x"]) == list(backwards[split]["x"]) for split in splits.SPLITS)
-    few = splits.to_dataset_dict(rows, features, 8)
+    few = splits.to_dataset_dict("letters", rows, features, 8)
     assert list(few["train"]["x"]) == list(data["train"]["x"])[:8]
     assert list(few["test"]["x"]) == list(data["test"]["x"])[:2]
 

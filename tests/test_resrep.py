@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,106 +11,48 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, TrainingArguments
+from digits import accuracy, digits, train
+from gated_models import IMAGES, MODELS, answer, inputs_of, scramble
+from torch import nn
+from transformers import TrainingArguments
 
 import hf_prune
 from hf_prune import MagnitudeConfig, PruneError, Pruner, PruneTrainer, ResRepConfig
 from hf_prune.graph import trace
 from hf_prune.methods.resrep import Compactor
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.testing import tiny_image_model
 
-IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
 SMALL = ResRepConfig(target_params=0.8)
-RESIDUAL = ResRepConfig(target_params=0.8, residual=True)
-
-
-class Plain(nn.Module):
-    """Convolutions with and without bias and norm, a norm without scale, and a flattening reader."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3), nn.ReLU(),
-            nn.Conv2d(8, 12, 3, bias=False), nn.BatchNorm2d(12, affine=False), nn.ReLU(),
-            nn.Conv2d(12, 10, 3, bias=False), nn.ReLU(),
-            nn.Flatten(), nn.Linear(10 * 11 * 11, 14), nn.GELU(),
-        )  # fmt: skip
-        self.head = nn.Linear(14, 5)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.head(self.body(pixel_values))
-
-
-def _mobilenet() -> nn.Module:
-    torch.manual_seed(0)
-    return MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25, num_labels=3, tf_padding=False))
-
-
-def _text_inputs() -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(0, 40, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], ResRepConfig, int]] = {
-    "plain": (Plain, SMALL, 4),
-    "basic": (lambda: tiny_image_model(depths=[2, 2]), SMALL, 4),
-    "bottleneck": (lambda: tiny_image_model(layer_type="bottleneck", hidden_sizes=[16, 32]), SMALL, 4),
-    "residual": (lambda: tiny_image_model(depths=[2, 2]), RESIDUAL, 6),
-    "depthwise": (_mobilenet, ResRepConfig(target_params=0.9), 16),
-    "text": (tiny_text_model, SMALL, 2),
-}
-"""Model, config, and how many compactors it takes at least."""
-
-
-def _scramble(model: nn.Module) -> nn.Module:
-    """Norms with statistics, scales and offsets as training leaves them; evaluation mode."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, 0.0, 0.5)
-    return model.eval()
-
-
-@torch.no_grad()
-def _answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    answer = model(**inputs)
-    return answer if isinstance(answer, Tensor) else answer.logits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", MODELS)
 def test_identity_when_new_and_exact_when_merged(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    make, config, compactors = MODELS[name]
-    model = _scramble(make()).to(dtype)
-    images = {key: value.to(dtype) for key, value in IMAGES.items()}
-    inputs = _text_inputs() if name == "text" else {"pixel_values": torch.randn(2, 3, 33, 33, dtype=dtype)}
-    inputs = images if name in ("plain", "basic", "bottleneck", "residual") else inputs
-    plain, kinds = _answer(model, inputs), [type(module) for module in model.modules()]
+    make, residual, compactors = MODELS[name]
+    model, inputs = scramble(make()).to(dtype), inputs_of(name, dtype)
+    config = ResRepConfig(target_params=0.9, residual=residual)
+    plain, kinds = answer(model, inputs), [type(module) for module in model.modules()]
     pruner = Pruner(model, config, inputs)
     pruner.attach()
-    assert (_answer(model, inputs) - plain).abs().max() <= 1e-6
+    assert (answer(model, inputs) - plain).abs().max() <= 1e-6
     assert len(pruner.recipe.gates) >= compactors
 
     generator = torch.Generator().manual_seed(3)
     for gate in pruner.recipe.gates:
-        keep = torch.rand(len(gate.compactor.keep), generator=generator) > 0.4
+        keep = torch.rand(len(gate.function.keep), generator=generator) > 0.4
         keep[0] = True
         gate.set_keep(keep)
-        gate.compactor.closed.fill_(True)
+        gate.function.closed.fill_(True)
         with torch.no_grad():
-            gate.compactor.weight += 0.1 * torch.randn(gate.compactor.weight.shape, generator=generator).to(dtype)
+            gate.function.weight += 0.1 * torch.randn(gate.function.weight.shape, generator=generator).to(dtype)
     plan = {group: keep.clone() for group, keep in pruner.plan.items()}
-    mixed = _answer(model, inputs)
+    mixed = answer(model, inputs)
     scale = mixed.abs().max()
     assert (mixed - plain).abs().max() > 1e-3 * scale
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as constants that are lost
         report = pruner.finalize()
-    assert (_answer(model, inputs) - mixed).abs().max() <= tolerance * scale
+    assert (answer(model, inputs) - mixed).abs().max() <= tolerance * scale
     assert [type(module) for module in model.modules()] == kinds
     assert trace(model, inputs).price() == pruner.graph.traced.price(plan)
     assert {group: int(keep.sum()) for group, keep in plan.items()} == {
@@ -120,17 +61,17 @@ def test_identity_when_new_and_exact_when_merged(name: str, dtype: torch.dtype, 
 
 
 def test_half_precision_models_keep_their_compactors_in_float() -> None:
-    model = _scramble(tiny_image_model()).to(torch.bfloat16)
+    model = scramble(tiny_image_model()).to(torch.bfloat16)
     inputs = {"pixel_values": IMAGES["pixel_values"].bfloat16()}
-    plain = _answer(model, inputs)
+    plain = answer(model, inputs)
     pruner = Pruner(model, SMALL, inputs)
     pruner.attach()
-    compactor = pruner.recipe.gates[0].compactor
-    assert compactor.weight.dtype == torch.float32 and torch.equal(_answer(model, inputs), plain)
+    compactor = pruner.recipe.gates[0].function
+    assert compactor.weight.dtype == torch.float32 and torch.equal(answer(model, inputs), plain)
     model(**inputs).logits.sum().backward()
     assert compactor.weight.grad.any()
     pruner.finalize()
-    assert (_answer(model, inputs) - plain).abs().max() < 0.05 * plain.abs().max()
+    assert (answer(model, inputs) - plain).abs().max() < 0.05 * plain.abs().max()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -143,8 +84,8 @@ def test_targets_of_a_resnet_are_the_inner_layers_of_its_blocks() -> None:
         assert sum(name.endswith("layer.0.convolution") for name in names) == 4
         assert all(writer.norm for gate in pruner.recipe.gates for writer in gate.writers)
     stream = next(gate for gate in pruner.recipe.gates if len(gate.writers) > 1)
-    shared = {pruner.model.get_submodule(writer.host).shared_compactor[0] for writer in stream.writers}
-    assert shared == {stream.compactor} and len(list(stream.compactor.parameters())) == 1
+    shared = {pruner.model.get_submodule(writer.host).shared_function[0] for writer in stream.writers}
+    assert shared == {stream.function} and len(list(stream.function.parameters())) == 1
 
 
 def test_widths_that_would_leave_a_trace_are_no_targets() -> None:
@@ -163,7 +104,7 @@ def test_widths_that_would_leave_a_trace_are_no_targets() -> None:
 
     assert compactors(net(nn.ReLU(), padding=1)) == 1
     assert compactors(net(nn.Sigmoid(), padding=0)) == 1
-    with pytest.raises(PruneError, match="can carry a compactor"):
+    with pytest.raises(PruneError, match="can carry a gate"):
         compactors(net(nn.Sigmoid(), padding=1))
 
 
@@ -177,7 +118,7 @@ def test_merged_norms_train_on_from_where_they_are() -> None:
     pruner = Pruner(model, ResRepConfig(target_params=0.5, include=("0",)), (images[:2],))
     pruner.attach()
     pruner.recipe.gates[0].set_keep(torch.arange(16) % 2 == 0)
-    pruner.recipe.gates[0].compactor.closed.fill_(True)
+    pruner.recipe.gates[0].function.closed.fill_(True)
     pruner.finalize()
     with torch.no_grad():
         evaluated, trained = model.eval()(images), model.train()(images)
@@ -211,14 +152,14 @@ def test_accumulation_and_the_other_parameters(parts: int) -> None:
     pruner.attach()
     optimizer = pruner.wrap(torch.optim.SGD(model.parameters(), lr=0.0))
     gate = pruner.recipe.gates[0]
-    gate.compactor.keep[:4] = False
+    gate.function.keep[:4] = False
     for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
         (model(pixel_values=x, labels=y).loss / parts).backward()
-    task = gate.compactor.weight.grad.clone()
+    task = gate.function.weight.grad.clone()
     optimizer.step()
     task[:4] = 0.0
     wanted = torch.eye(8) - 0.1 * (task + 0.5 * torch.eye(8))
-    assert torch.allclose(gate.compactor.weight, wanted, atol=1e-7)
+    assert torch.allclose(gate.function.weight, wanted, atol=1e-7)
     for name, parameter in plain.named_parameters():
         own = model.get_parameter(name).grad
         assert torch.allclose(own, parameter.grad, atol=1e-6) and (parts > 1 or torch.equal(own, parameter.grad))
@@ -270,7 +211,7 @@ def _move(pruner: Pruner, first: int, last: int, total: int) -> None:
 
 
 def _forgotten(pruner: Pruner) -> int:
-    return sum(int((~gate.compactor.keep).sum()) for gate in pruner.recipe.gates)
+    return sum(int((~gate.function.keep).sum()) for gate in pruner.recipe.gates)
 
 
 def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
@@ -283,7 +224,7 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
         dropped.append(_forgotten(pruner))
     assert dropped[:5] == [0, 0, 2, 4, 6], "none up to begin, then two more at each refresh"
     assert dropped[-2] == dropped[-1], "no more once the goal is met"
-    compactor = next(gate.compactor for gate in pruner.recipe.gates if not gate.compactor.keep.all())
+    compactor = next(gate.function for gate in pruner.recipe.gates if not gate.function.keep.all())
     row = int((~compactor.keep).nonzero()[0])
     with torch.no_grad():
         compactor.weight[row] *= 100
@@ -297,7 +238,7 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
 def test_channels_at_their_floor_take_nothing_from_the_quota() -> None:
     config = ResRepConfig(target_params=0.7, begin=0.0, mask_interval_steps=1, begin_granularity=3, min_keep=0.5)
     pruner = _attached(config)
-    first, second = (gate.compactor for gate in pruner.recipe.gates)
+    first, second = (gate.function for gate in pruner.recipe.gates)
     with torch.no_grad():
         first.weight *= 0.01  # all of its rows rank below all of the other's
     for step in (1, 2, 3):
@@ -316,17 +257,17 @@ def test_the_cut_reaches_the_goal_exactly_and_says_what_is_lost() -> None:
     with pytest.warns(UserWarning, match="not forgotten yet"):
         pruner.step(10, 10)
     assert pruner.at_goal and pruner.phase.name == "tune"
-    cut = _answer(model, inputs)
+    cut = answer(model, inputs)
     pruner.finalize()
     assert 0.59 <= trace(model, inputs).price().multiply_adds / dense <= 0.6
-    assert (_answer(model, inputs) - cut).abs().max() < 1e-5
+    assert (answer(model, inputs) - cut).abs().max() < 1e-5
 
 
 def test_forgotten_rows_are_cut_without_a_warning() -> None:
     pruner = _attached(ResRepConfig(target_params=0.7))
     with torch.no_grad():
         for gate in pruner.recipe.gates:
-            gate.compactor.weight[2:] *= 1e-6
+            gate.function.weight[2:] *= 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner.step(10, 10)
@@ -334,14 +275,14 @@ def test_forgotten_rows_are_cut_without_a_warning() -> None:
 
 def test_a_copy_taken_before_the_cut_has_all_channels_and_no_compactor() -> None:
     pruner = _attached(ResRepConfig(target_params=0.8))
-    compactor, model = pruner.recipe.gates[0].compactor, _scramble(pruner.model)
+    compactor, model = pruner.recipe.gates[0].function, scramble(pruner.model)
     with torch.no_grad():
         compactor.weight += 0.1 * torch.randn(8, 8)
     compactor.keep[:3] = False
-    before = _answer(model, IMAGES)
+    before = answer(model, IMAGES)
     copied, report = pruner.baked()
-    assert torch.equal(_answer(model, IMAGES), before)
-    assert (_answer(copied, IMAGES) - before).abs().max() < 1e-5
+    assert torch.equal(answer(model, IMAGES), before)
+    assert (answer(copied, IMAGES) - before).abs().max() < 1e-5
     assert copied.state_dict().keys() == tiny_image_model().state_dict().keys()
     assert report.layers[pruner.recipe.gates[0].name]["kept"] == 8 and pruner.sparsity == 0.0
 
@@ -405,54 +346,17 @@ def test_a_run_in_prune_trainer_resumes_exactly_and_saves(tmp_path: Path) -> Non
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     whole.save_model(str(tmp_path / "out"))
     loaded = type(whole.model).from_pretrained(tmp_path / "out")
-    assert torch.equal(_answer(loaded, IMAGES), _answer(whole.model.eval(), IMAGES))
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """The 8 x 8 digits of scikit-learn, shuffled, drawn at twice the size."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return nn.functional.interpolate(images, scale_factor=2)[order], torch.tensor(digits.target)[order]
-
-
-def _train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: tuple[Tensor, Tensor],
-    before_step: Callable[[], None] = lambda: None,
-    after_step: Callable[[int], None] = lambda step: None,
-    steps: int = 400,
-) -> None:
-    """Cosine from the optimizer's rate to zero, on the first 1,200 rows."""
-    rows, model = torch.Generator().manual_seed(1), model.train()
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
-        batch = torch.randint(0, 1200, (64,), generator=rows)
-        optimizer.zero_grad()
-        model(pixel_values=data[0][batch], labels=data[1][batch]).loss.backward()
-        before_step()
-        optimizer.step()
-        cosine.step()
-        after_step(step)
-
-
-def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Percent of all rows: one of them is 0.06 points."""
-    was_training = model.training
-    hits = _answer(model.eval(), {"pixel_values": data[0]}).argmax(-1) == data[1]
-    model.train(was_training)
-    return 100.0 * hits.float().mean().item()
+    assert torch.equal(answer(loaded, IMAGES), answer(whole.model.eval(), IMAGES))
 
 
 @pytest.mark.filterwarnings("ignore:.*not forgotten yet")
 def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> None:
     """Half of the multiply-adds of a digits classifier: the same pull at compactors, and at the kernels themselves."""
-    data, lasso, steps = _digits(), 1e-2, 400
+    data, lasso, steps = digits(), 1e-2, 400
     example = {"pixel_values": data[0][:2]}
     dense = tiny_image_model(num_channels=1, hidden_sizes=[16, 32], num_labels=10, downsample_in_first_stage=False)
     sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-4)
-    _train(dense, sgd(dense.parameters()), data, steps=300)
+    train(dense, sgd(dense.parameters()), data, steps=300)
     price = trace(dense.eval(), example).price().multiply_adds
 
     model = copy.deepcopy(dense)
@@ -463,13 +367,13 @@ def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> N
 
     def move(step: int) -> None:
         if step == steps:
-            before.append(_accuracy(model, data))
+            before.append(accuracy(model, data))
         pruner.step(step, steps)
 
     move(0)
-    _train(model, pruner.wrap(sgd(model.parameters())), data, after_step=move)
+    train(model, pruner.wrap(sgd(model.parameters())), data, after_step=move)
     report = pruner.finalize()
-    after = _accuracy(model.eval(), data)
+    after = accuracy(model.eval(), data)
     assert trace(model, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
     assert after > 97.0
     assert abs(after - before[0]) < 0.1
@@ -481,9 +385,9 @@ def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> N
         for weight in targets:
             weight.grad += lasso * nn.functional.normalize(weight.detach().flatten(1), dim=1).view_as(weight)
 
-    _train(kernels, sgd(kernels.parameters()), data, before_step=pull)
-    unpruned = _accuracy(kernels.eval(), data)
+    train(kernels, sgd(kernels.parameters()), data, before_step=pull)
+    unpruned = accuracy(kernels.eval(), data)
     by_norm = MagnitudeConfig(target_flops=0.5, score="l2", include=tuple(report.layers))
     hf_prune.prune(kernels, by_norm, example)
     assert trace(kernels, example).price().multiply_adds / price == pytest.approx(0.5, abs=0.01)
-    assert _accuracy(kernels, data) < unpruned - 2.0
+    assert accuracy(kernels, data) < unpruned - 2.0

@@ -1,4 +1,4 @@
-"""Compact models on disk: tables of narrow shapes, encodings of zeros, saving and loading."""
+"""Compact models on disk: tables of narrow shapes, encodings of zeros, saving, loading and pushing."""
 
 from __future__ import annotations
 
@@ -11,4 +11,8 @@ def __getattr__(name: str) -> Any:
         from hf_prune.checkpoint import save
 
         return getattr(save, name)
+    if name in ("push_folder", "push_to_hub"):
+        from hf_prune.checkpoint import hub
+
+        return getattr(hub, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,9 @@ from hf_prune.checkpoint.staging import staged
 from hf_prune.checkpoint.standalone import MODULE_FILE, auto_map, module_source
 from hf_prune.graph.resize import Attributes, shape_table
 from hf_prune.graph.table import tensors_of
-from hf_prune.types import PruneError, Report, ShapeTable
-
-PRUNING_FILE = "pruning.json"
+from hf_prune.types import PRUNING_FILE, PruneError, Report, ShapeTable
 
 _OURS = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{PRUNING_FILE}|{MODULE_FILE}")
-"""Files of an earlier save that a new one without them must not leave behind."""
 
 
 class Saves(Protocol):
@@ -66,15 +62,20 @@ def save_pretrained(
     extras: dict[str, Any] = {"quantization_config": to_dict(table)} if table else {}
     if standalone:
         extras["auto_map"] = auto_map(model)
-    with staged(Path(folder), lambda name: _OURS.fullmatch(name) is not None) as new:
+    with staged(Path(folder), is_ours) as new:
         with _config_with(model, extras):
             model.save_pretrained(new, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False)
         if report is not None:
-            (new / PRUNING_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (new / PRUNING_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
         if standalone:
             (new / MODULE_FILE).write_text(module_source(model), encoding="utf-8")
         if processing_class is not None:
             processing_class.save_pretrained(new)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a save may write a file of that `name`, so that a later one without it must not leave it behind."""
+    return _OURS.fullmatch(name) is not None
 
 
 def mark(model: PreTrainedModel, recorded: ShapeTable | None = None) -> None:
@@ -90,16 +91,21 @@ def mark(model: PreTrainedModel, recorded: ShapeTable | None = None) -> None:
 
 def narrow_table(model: PreTrainedModel, recorded: Attributes | None = None) -> ShapeTable:
     """How `model` is narrower than its config says. Raises `CheckpointError` while gates are attached."""
+    before = earlier_table(model).narrow.attributes
+    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
+    config = copy.deepcopy(model.config)
+    return shape_table(model, lambda: type(model)(config), {**before, **changed})
+
+
+def earlier_table(model: PreTrainedModel) -> CheckpointTable:
+    """What the config says of an earlier pruning. Raises where it says that the model is quantized."""
     known = getattr(model.config, "quantization_config", None)
     if known is not None and (not isinstance(known, dict) or known.get("quant_method") != QUANT_METHOD):
         raise PruneError(
             f"model.config.quantization_config must be absent or hf_prune's, got {known!r}; a model has one "
             f"quantization method, so prune and save before quantizing."
         )
-    before = parse(known).narrow.attributes if known else {}
-    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
-    config = copy.deepcopy(model.config)
-    return shape_table(model, lambda: type(model)(config), {**before, **changed})
+    return parse(known) if known else CheckpointTable()
 
 
 def _pack(model: PreTrainedModel, names: dict[str, str], encode: str) -> tuple[dict[str, Tensor], dict[str, Packed]]:

@@ -61,7 +61,9 @@ def require_undocumented() -> None:
 
 def auto_classes(config_class: type) -> dict[str, str]:
     """Auto class -> model class, by name, for every Auto class that knows `config_class`."""
-    autos = {name: getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")}
+    from transformers.models.auto import modeling_auto  # half a second that loading does not need
+
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
     mappings = {name: getattr(auto, "_model_mapping", {}) for name, auto in autos.items()}
     return {name: mapping[config_class].__name__ for name, mapping in mappings.items() if config_class in mapping}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.demo_data.locate import deb_files, npm_folder
-from hf_prune.demo_data.splits import Row, normal, split_limit, to_dataset_dict
+from hf_prune.demo_data.splits import Row, normal, split_limit, to_dataset, to_dataset_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ def load_fashion_mnist(limit: int | None = None) -> DatasetDict:
     The published test images are `test`, the last 5,000 published training images `validation`. `limit` keeps the first
     rows of train, and a quarter of that number of the others.
     """
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+    from datasets import ClassLabel, DatasetDict, Features, Image
     from PIL.Image import fromarray
 
     names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -67,7 +67,7 @@ def load_fashion_mnist(limit: int | None = None) -> DatasetDict:
     for split, (x, y) in parts.items():
         count = split_limit(split, limit)
         columns = {"image": [_png(fromarray(image)) for image in x[:count]], "label": y[:count].tolist()}
-        result[split] = Dataset.from_dict(columns, features=features)
+        result[split] = to_dataset("fashion-mnist", split, columns, features)
     return result
 
 
@@ -85,7 +85,7 @@ def load_emoji(limit: int | None = None, vendors: Sequence[str] = ("google", "tw
         {"image": Image(), "label": ClassLabel(names=EMOJI_CLASSES), "vendor": Value("string"), "name": Value("string")}
     )
     rows = (row for vendor, root in folders.items() for row in _drawings(root, vendor))
-    return to_dataset_dict(rows, features, limit)
+    return to_dataset_dict("emoji", rows, features, limit)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -66,7 +66,7 @@ def load_sense_pairs(limit: int | None = None, negatives: str = "other_word") ->
         }
     )
     senses = _senses(deb_files("wordnet-base", FILES.values()))
-    return to_dataset_dict(_pairs(_circles(senses, CIRCLES[negatives])), features, limit)
+    return to_dataset_dict("word-senses", _pairs(_circles(senses, CIRCLES[negatives])), features, limit)
 
 
 def regular_forms(lemma: str) -> re.Pattern[str]:

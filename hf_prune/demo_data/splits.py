@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict, Features
+    from datasets import Dataset, DatasetDict, Features
 
 SPLITS = ("train", "validation", "test")
 
@@ -55,9 +55,9 @@ def split_limit(split: str, limit: int | None) -> int | None:
     return max(1, limit // 4)
 
 
-def to_dataset_dict(rows: Iterable[Row], features: Features, limit: int | None) -> DatasetDict:
-    """The rows as a `DatasetDict` with every split, each in its fixed shuffled order."""
-    from datasets import Dataset, DatasetDict
+def to_dataset_dict(name: str, rows: Iterable[Row], features: Features, limit: int | None) -> DatasetDict:
+    """The rows as a `DatasetDict` with every split, each in its fixed shuffled order; reports call it `name`."""
+    from datasets import DatasetDict
 
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in rows:
@@ -66,8 +66,16 @@ def to_dataset_dict(rows: Iterable[Row], features: Features, limit: int | None) 
     for split, part in parts.items():
         chosen = sorted(part, key=lambda row: shuffled(row.key))[: split_limit(split, limit)]
         columns = {column: [row.columns[column] for row in chosen] for column in features}
-        result[split] = Dataset.from_dict(columns, features=features)
+        result[split] = to_dataset(name, split, columns, features)
     return result
+
+
+def to_dataset(name: str, split: str, columns: dict[str, list[Any]], features: Features) -> Dataset:
+    """One split of the data set `name`, which knows that it is."""
+    from datasets import Dataset, DatasetInfo, NamedSplit
+
+    info = DatasetInfo(features=features, dataset_name=name)
+    return Dataset.from_dict(columns, features=features, info=info, split=NamedSplit(split))
 
 
 def _sha256(text: str) -> str:

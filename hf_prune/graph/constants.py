@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from hf_prune.graph.axes import Dim, flat, size
+from hf_prune.graph.flow import Flow
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.rules import name_of, rule_for, view
 from hf_prune.graph.rules.pointwise import pointwise
@@ -83,7 +84,7 @@ class Constants:
         return 1 - rank if rank > 2 else -1
 
     def _of(self, node: Operation) -> Constant | None:
-        layer = self._layer(node)
+        layer = find_layer(self.flow, node)
         if layer is not None:
             self.layers.append(layer)
             return self._emitted(node, layer)
@@ -95,27 +96,6 @@ class Constants:
         if name in PASSING and node.args[0] in self.found:
             return self._passed(node, self.found[node.args[0]].values)
         return self._mapped(node) if rule_for(node.target) is pointwise else None
-
-    def _layer(self, node: Operation) -> Layer | None:
-        name, args = name_of(node.target), [*node.args, None, None, None]
-        if name == "addmm":
-            bias, source, weight, reads = args[0], args[1], args[2], 0
-        elif name in ("linear", "conv1d", "conv2d", "conv3d"):
-            source, weight, bias, reads = args[0], args[1], args[2], 1
-        else:
-            return None
-        names = self.flow.trace.tensors
-        if weight not in names or (bias is not None and bias not in names):
-            return None
-        convolution = len(node.args) > 3 and name != "addmm"
-        padding = args[4] if convolution and len(node.args) > 4 else 0
-        padded = any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid")
-        grouped = convolution and len(node.args) > 6 and node.args[6] != 1
-        return Layer(source, names[weight], names.get(bias), reads, padded, grouped, self._mean_behind(node))
-
-    def _mean_behind(self, node: Operation) -> str | None:
-        norm = norm_behind(node)
-        return None if norm is None or norm.args[5] else self.flow.trace.tensors.get(norm.args[3])
 
     def _emitted(self, node: Operation, layer: Layer) -> Constant:
         """Rows of zeros give their bias, and so do depthwise rows of an input that is zero."""
@@ -205,6 +185,29 @@ class Constants:
         own = place - (rank - weight.ndim)
         spread = own >= 0 and weight.numel() == weight.shape[own]
         return weight.flatten() if spread or weight.numel() == 1 else None
+
+
+def find_layer(flow: Flow, node: Operation) -> Layer | None:
+    """What `node` computes, where that is a linear map or a convolution by a weight of the model."""
+    if node.op != "call_function":
+        return None
+    name, args = name_of(node.target), [*node.args, None, None, None]
+    if name == "addmm":
+        bias, source, weight, reads = args[0], args[1], args[2], 0
+    elif name in ("linear", "conv1d", "conv2d", "conv3d"):
+        source, weight, bias, reads = args[0], args[1], args[2], 1
+    else:
+        return None
+    names = flow.trace.tensors
+    if weight not in names or (bias is not None and bias not in names):
+        return None
+    convolution = len(node.args) > 3 and name != "addmm"
+    padding = args[4] if convolution and len(node.args) > 4 else 0
+    padded = any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid")
+    grouped = convolution and len(node.args) > 6 and node.args[6] != 1
+    norm = norm_behind(node)
+    mean = None if norm is None or norm.args[5] else names.get(norm.args[3])
+    return Layer(source, names[weight], names.get(bias), reads, padded, grouped, mean)
 
 
 def norm_behind(node: Operation) -> Operation | None:

@@ -8,9 +8,26 @@ import torch
 from torch import Tensor
 
 from hf_prune.graph.axes import Axis, Cat, Dim, flat, leaves, size
+from hf_prune.graph.graph import Graph
+from hf_prune.types import Plan
 
 Kept = Mapping[Axis, Tensor]
 """Axis that loses units -> indices of those that stay."""
+
+
+def kept_axes(graph: Graph, plan: Plan) -> Kept:
+    """The axes of `graph` that lose units under `plan`."""
+    return {graph.axes[name]: keep.nonzero().flatten().cpu() for name, keep in plan.items() if not keep.all()}
+
+
+def kept_entries(graph: Graph, plan: Plan) -> dict[str, list[Tensor]]:
+    """Tensor that loses entries under `plan` -> indices of each of its dimensions that stay, ascending."""
+    kept = kept_axes(graph, plan)
+    return {
+        name: [kept_indices(dim, kept) for dim in shape]
+        for name, shape in graph.flow.tensors.items()
+        if any(loses(dim, kept) for dim in shape)
+    }
 
 
 def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
@@ -18,6 +35,15 @@ def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
     for dim, each in enumerate(indices):
         if len(each) != tensor.shape[dim]:
             tensor = tensor.index_select(dim, each.to(tensor.device))
+    return tensor
+
+
+def spread(tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The inverse of `select`: `tensor` at the given indices of every dimension of zeros of shape `sizes`."""
+    for dim, (each, count) in enumerate(zip(indices, sizes, strict=True)):
+        if len(each) != count:
+            whole = tensor.new_zeros([*tensor.shape[:dim], count, *tensor.shape[dim + 1 :]])
+            tensor = whole.index_copy_(dim, each.to(tensor.device), tensor)
     return tensor
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
 
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
-from hf_prune.graph.kept import Kept, kept_indices, loses, select
-from hf_prune.graph.resize import rewrite
+from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses, select, spread
+from hf_prune.graph.resize import Attributes, rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
@@ -26,27 +29,53 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     """
     check_plan(graph, plan)
     check_model(model, graph)
-    kept = {graph.axes[name]: keep.nonzero().flatten().cpu() for name, keep in plan.items() if not keep.all()}
-    indices = {
-        name: [kept_indices(dim, kept) for dim in shape]
-        for name, shape in graph.flow.tensors.items()
-        if any(loses(dim, kept) for dim in shape)
-    }
+    kept, indices = kept_axes(graph, plan), kept_entries(graph, plan)
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
-    table = ShapeTable(shapes, _attributes(model, graph, kept))
+    table = ShapeTable(shapes, _attributes(model, graph, kept, kept))
     check_table(table)
     ratios = dry_run(model, graph, table, indices)
     fold_constants(model, graph, kept)
+    rescale(distinct_tensors(model), graph.flow.trace, ratios)
+    _cut(model, indices, table.attributes)
+    return table
+
+
+def narrow(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """The cut of `shrink(model, graph, plan)` alone: nothing is checked, folded or rescaled."""
+    kept, indices = kept_axes(graph, plan), kept_entries(graph, plan)
+    _cut(model, indices, _attributes(model, graph, kept, kept))
+
+
+def _cut(model: nn.Module, indices: Mapping[str, Sequence[Tensor]], attributes: Attributes) -> None:
     tensors = distinct_tensors(model)
-    rescale(tensors, graph.flow.trace, ratios)
     for name, each in indices.items():
-        tensors[name].data = select(tensors[name].data, each)
-        tensors[name].grad = None
-    rewrite(model, table.attributes)
-    for name in {name.rpartition(".")[0] for name in indices}:
+        _replace(tensors[name], select(tensors[name].data, each))
+    _adapt(model, indices, attributes)
+
+
+def widen(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """Undo `narrow(model, graph, plan)` in place: the sizes that `graph` knows, with zeros where units are gone."""
+    indices, tensors = kept_entries(graph, plan), distinct_tensors(model)
+    for name, each in indices.items():
+        _replace(tensors[name], spread(tensors[name].data, each, graph.flow.tensors[name].sizes))
+    _adapt(model, indices, _attributes(model, graph, kept_axes(graph, plan), {}))
+
+
+def _adapt(model: nn.Module, changed: Iterable[str], attributes: Attributes) -> None:
+    """Have the sizes that modules keep agree with their tensors, of which those in `changed` have new shapes."""
+    rewrite(model, attributes)
+    for name in {name.rpartition(".")[0] for name in changed}:
         sync_attributes(model.get_submodule(name))
     _drop_caches(model)
-    return table
+
+
+def _replace(tensor: Tensor, data: Tensor) -> None:
+    """Give `tensor` other data of another shape; it stays the same object."""
+    tensor.grad = None
+    # While a loss of the last step lives, autograd remembers the old shape and would refuse the next gradient. It
+    # forgets the shape where the type changes.
+    tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
 
 
 def _drop_caches(model: nn.Module) -> None:
@@ -57,11 +86,11 @@ def _drop_caches(model: nn.Module) -> None:
         module.training = training
 
 
-def _attributes(model: nn.Module, graph: Graph, kept: Kept) -> dict[str, dict[str, Size]]:
-    """New values of the attributes whose dims lose units."""
+def _attributes(model: nn.Module, graph: Graph, cut: Kept, kept: Kept) -> dict[str, dict[str, Size]]:
+    """Values, where `kept` stays, of the attributes whose dims lose units in `cut`."""
     values: dict[str, dict[str, Size]] = {}
     for attribute, dim in graph.flow.equations.attributes.items():
-        if not loses(dim, kept):
+        if not loses(dim, cut):
             continue
         count, own = len(kept_indices(dim, kept)), values.setdefault(attribute.module, {})
         if attribute.index is None:

@@ -58,8 +58,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     wrapped = WRAPPED.get(type(model).__name__)
     if wrapped:
         raise PruneError(
-            f"model must be the bare model, got it wrapped in {type(model).__name__}. Pass model.{wrapped}, and compile "
-            "or wrap what comes out."
+            f"model must be the bare model, got it wrapped in {type(model).__name__}. Pass model.{wrapped}, and "
+            "compile or wrap what comes out."
         )
     for path, module in model.named_modules():
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
@@ -103,7 +103,8 @@ def _failure(model: nn.Module, error: Exception, where: str) -> PruneError:
         hint = "It calls compiled code; trace it without, as after model.set_attn_implementation('sdpa')."
     operation = next((word for word in str(error).split() if word.startswith("aten.")), "its forward")
     return PruneError(
-        f"{type(model).__name__} could not be traced {where}: {operation} raised {type(error).__name__}: {error}. {hint}"
+        f"{type(model).__name__} could not be traced {where}: {operation} raised {type(error).__name__}: {error}. "
+        f"{hint}"
     )
 
 
@@ -161,8 +162,9 @@ def record_on(
         run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
     )
     with torch.no_grad(), _quiet(), without_caches(model), preserved(model), recording(factors or {}) as uses:
+        vars(model).pop("forward", None)  # accelerate puts one with autocast before the model's own
         for module in model.modules():
-            module.__dict__.pop("_compiled_call_impl", None)  # of module.compile(), which cannot be traced
+            vars(module).pop("_compiled_call_impl", None)  # of module.compile(), which cannot be traced
         model.train()  # modules that cache what they made of their weights drop it when training begins
         model.eval()
         tag(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
 from math import isclose
@@ -20,7 +20,7 @@ from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
 from hf_prune.graph.scales import Scale, constant, floats
 from hf_prune.graph.trace import Inputs, Operation, Trace, call, distinct_tensors, record_on
-from hf_prune.types import Plan, PruneError, ShapeTable
+from hf_prune.types import Group, Plan, PruneError, ShapeTable
 
 LAYOUT = {*view.RULES, *FOLLOWED, "slice", "select", "getitem"}
 """Operations that only arrange values: whether they are needed may depend on sizes (a repetition by 1 is none)."""
@@ -61,8 +61,8 @@ def check_model(model: nn.Module, graph: Graph) -> None:
         hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             raise PruneError(
-                f"module {path!r} has hooks, which may rely on the old sizes. Remove them before shrinking and register "
-                "them again afterwards."
+                f"module {path!r} has hooks, which may rely on the old sizes. Remove them before shrinking and "
+                "register them again afterwards."
             )
     hooked = [name for name, tensor in tensors.items() if tensor._backward_hooks]
     if hooked:
@@ -160,12 +160,31 @@ def check_exactness(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
     """
     from hf_prune.graph.shrink import shrink  # shrink itself is checked by this module
 
-    masked, shrunk = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-    graph = trace(shrunk, inputs)
+    masked = copy.deepcopy(model).eval()
+    graph = trace(masked, inputs)
     mask(masked, graph, plan)
+    # The masked copy is what is shrunk: from the model itself, shrink would keep what dead units still emit.
+    shrunk = copy.deepcopy(masked)
     shrink(shrunk, graph, plan)
     wanted, found = (call(each, distinct_tensors(each), inputs) for each in (masked, shrunk))
     return max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+
+
+def random_plan(groups: Iterable[Group], seed: int = 7, low: float = 0.1, high: float = 0.6) -> Plan:
+    """Random units removed, between `low` and `high` of each group, another share of each: equal ones hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = {}
+    for group in groups:
+        ratio = low + (high - low) * torch.rand((), generator=generator).item()
+        plan[group.name] = random_keep(group.size, max(1, round(group.size * (1 - ratio))), generator)
+    return plan
+
+
+def random_keep(units: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of `units` True, shape `(units,)`."""
+    keep = torch.zeros(units, dtype=torch.bool)
+    keep[torch.randperm(units, generator=generator)[:count]] = True
+    return keep
 
 
 @torch.no_grad()

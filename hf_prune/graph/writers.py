@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune.graph.constants import norm_behind
 from hf_prune.graph.fold import dead_units
 from hf_prune.graph.graph import Graph
-from hf_prune.types import Group
+from hf_prune.types import Group, Member
 
 LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -41,23 +41,44 @@ def writers(model: nn.Module, graph: Graph, group: Group) -> tuple[Writer, ...]:
     Empty where some writer's outputs are not the group alone, one index a unit, or the layer or norm does more than
     torch's own class: heads, concatenations, embeddings, grouped convolutions, weights that are used twice.
     """
+    dense = [member for member in _written(model, group) if not _is_depthwise(model, member)]
+    return _writers(model, graph, dense, group.size)
+
+
+def carriers(model: nn.Module, graph: Graph, group: Group) -> tuple[Writer, ...]:
+    """Every depthwise convolution that hands `group` on; empty like `writers`."""
+    depthwise = [member for member in _written(model, group) if _is_depthwise(model, member)]
+    return _writers(model, graph, depthwise, group.size)
+
+
+def _written(model: nn.Module, group: Group) -> list[Member]:
+    """Weights with more than one dimension whose outputs have the group."""
     tensors = dict(model.named_parameters())
+    known = [member for member in group.members if not member.reads and member.tensor in tensors]
+    return [member for member in known if tensors[member.tensor].ndim > 1]
+
+
+def _is_depthwise(model: nn.Module, member: Member) -> bool:
+    groups, shape = getattr(_layer(model, member), "groups", 1), model.get_parameter(member.tensor).shape
+    return bool(groups == shape[0] > 1 == shape[1])
+
+
+def _layer(model: nn.Module, member: Member) -> nn.Module:
+    return model.get_submodule(member.tensor.rpartition(".")[0])
+
+
+def _writers(model: nn.Module, graph: Graph, members: Sequence[Member], size: int) -> tuple[Writer, ...]:
     found: list[Writer] = []
-    for member in group.members:
-        if member.reads or member.tensor not in tensors or tensors[member.tensor].ndim < 2:
-            continue
-        path = member.tensor.rpartition(".")[0]
-        layer = model.get_submodule(path)
-        groups, shape = getattr(layer, "groups", 1), tensors[member.tensor].shape
-        if groups == shape[0] > 1 == shape[1]:
-            continue
-        alone = member.outer == member.inner == 1 and shape[member.dim] == group.size
-        if not (alone and groups == 1 and _is_plain(layer, LAYERS)):
+    for member in members:
+        layer, shape = _layer(model, member), model.get_parameter(member.tensor).shape
+        alone = member.outer == member.inner == 1 and shape[member.dim] == size
+        whole = getattr(layer, "groups", 1) == 1 or _is_depthwise(model, member)
+        if not (alone and whole and _is_plain(layer, LAYERS)):
             return ()
         norm = _norm_behind(model, graph, member.tensor)
         if norm is None:
             return ()
-        found.append(Writer(path, member.dim, norm or None))
+        found.append(Writer(member.tensor.rpartition(".")[0], member.dim, norm or None))
     return tuple(found)
 
 
@@ -98,7 +119,14 @@ class Silence:
 
     def leaves_no_trace(self, group: str, written_by: Sequence[Writer]) -> bool:
         """Whether removing units of `group` is exact once every writer gives zero for them."""
-        tensors = [tensor for writer in written_by for tensor in self._output_of(writer)]
+        return self._dead(group, [tensor for writer in written_by for tensor in self._output_of(writer)])
+
+    def constants_move(self, group: str, written_by: Sequence[Writer]) -> bool:
+        """Whether it is exact once every writer gives some constant for them: whether readers can take it over."""
+        return self._dead(group, [self.model.get_submodule(writer.layer).weight for writer in written_by])
+
+    def _dead(self, group: str, tensors: Sequence[Any]) -> bool:
+        """Whether all units of `group` can go when `tensors` are zero."""
         saved = [tensor.data for tensor in tensors]
         for tensor in tensors:
             tensor.data = torch.zeros_like(tensor.data)

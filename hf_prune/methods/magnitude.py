@@ -3,7 +3,7 @@
 Idea      a unit's worth is the size of its weights; no data is needed. One call prunes a trained model at once; under
           `PruneTrainer` the same ranking is applied to the current weights along a cubic schedule.
 Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the unit's size) or root mean square ("l2")
-          -> `scores.unit_norms`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
+          -> `targets.sizes`; a seeded permutation ("random"); cubic schedule of Zhu & Gupta 2017, eq. 1
           -> `schedules.cubic`.
 Differs   Li et al. rank the filters of each layer by themselves (`scope="per_group"`); the global ranking divides each
           group's scores by their mean, without which layers of small weights would vanish whole. Units of a group are
@@ -17,18 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice
-from hf_prune.parts import schedules, structures
-from hf_prune.parts.budgets import fit_price, normalised
+from hf_prune.parts import schedules, targets
 from hf_prune.parts.gates import MaskGate
-from hf_prune.parts.prunable import prunable_groups, prunable_weights
-from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.scores import unit_norms
-from hf_prune.parts.selection import top_k
+from hf_prune.parts.scores import random_ranks
 from hf_prune.types import Paper, Structure
 
 PAPER = Paper(
@@ -44,16 +39,15 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = False
-GOALS = ("final_sparsity", "target_params", "target_flops", "target_bytes")
+GOALS = targets.GOALS
 TINY_MODEL = "image"
 
 SCORES = ("l1", "l2", "random")
-STRUCTURES = ("element", "group")
 
 
 @dataclass(frozen=True)
 class MagnitudeConfig(PruneConfig):
-    """`final_sparsity` removes single weights, `target_*` removes whole units of dimension groups."""
+    """`final_sparsity` removes single weights, `target_*` whole units of dimension groups."""
 
     method = "magnitude"
 
@@ -64,18 +58,7 @@ class MagnitudeConfig(PruneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("score", self.score, SCORES)
-        if self.goal is None or self.goal.name == "max_metric_drop":
-            raise ValueError(f"MagnitudeConfig needs one goal of {', '.join(GOALS)}.")
-        needed = "element" if self.goal.name == "final_sparsity" else "group"
-        object.__setattr__(self, "structure", self.structure or needed)
-        require_choice("structure", self.structure, STRUCTURES)
-        if self.structure != needed:
-            raise ValueError(
-                f"structure {self.structure!r} does not go with {self.goal.name}: final_sparsity counts single weights "
-                "(structure 'element'), target_params, target_flops and target_bytes price whole units ('group')."
-            )
-        if self.goal.kept(1.0) == 1.0:
-            raise ValueError(f"{self.goal.name}={self.goal.value} removes nothing.")
+        targets.settle_structure(self)
 
 
 Config = MagnitudeConfig
@@ -83,15 +66,7 @@ Config = MagnitudeConfig
 
 def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
     """Rank by size along the schedule; masks until the end, where groups are shrunk."""
-    assert config.goal is not None
-    if config.structure == "element":
-        weights = prunable_weights(model, config.include, config.exclude)
-        units: list[Structure] = structures.element_structures(weights)
-        selection = top_k(units, config.goal, scope=config.scope, min_keep=config.min_keep)
-    else:
-        groups = prunable_groups(model, graph.groups, config.include, config.exclude, config.normalised_groups)
-        units = [structures.group_structure(group, model) for group in groups]
-        selection = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    units, selection = targets.find_targets(model, graph, config, normalised_groups=config.normalised_groups)
     device = next(model.parameters()).device
     return Recipe(
         structures=units,
@@ -104,21 +79,15 @@ def build(model: nn.Module, graph: Any, config: MagnitudeConfig) -> Recipe:
 
 def _scores(model: nn.Module, units: list[Structure], config: MagnitudeConfig) -> Callable[[], Mapping[str, Tensor]]:
     if config.score == "random":
-        return lambda: {each.name: _permutation(each, config.seed) for each in units}
-    norms = unit_norms(model, units, order={"l1": 1, "l2": 2}[config.score])
-    return (lambda: normalised(norms())) if config.structure == "group" else norms
-
-
-def _permutation(structure: Structure, seed: int) -> Tensor:
-    """Ranks of a shuffle that depends on the seed and the name alone, in (0, 1] whatever the number of units."""
-    order = torch.randperm(structure.units, generator=generator(seed, structure.name))
-    return (order + 1) / structure.units
+        return lambda: {each.name: random_ranks(each, config.seed) for each in units}
+    return targets.sizes(model, units, order={"l1": 1, "l2": 2}[config.score])
 
 
 TINY = {
     "element": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6),
     "element_l2": MagnitudeConfig(final_sparsity=0.6, begin=0.2, end=0.6, score="l2", scope="per_group"),
     "flops": MagnitudeConfig(target_flops=0.5, begin=0.2, end=0.6),
+    "units": MagnitudeConfig(target_units=0.5, begin=0.2, end=0.6, scope="per_group"),
     "params_per_group": MagnitudeConfig(target_params=0.5, begin=0.2, end=0.6, scope="per_group"),
     "bytes_random": MagnitudeConfig(target_bytes=0.5, begin=0.2, end=0.6, score="random"),
 }

@@ -5,7 +5,7 @@ Idea      a compactor Q, an identity (C, C) mix of the channels, follows each co
           nothing pulls at it. A row of zeros is a channel that can go without loss, and Q folds into the layer.
 Equations G(Q) = m * dL/dQ + lambda * row / ||row||, m = 0 in forgotten rows -> `Compactor.reset_gradient`; which rows,
           lowest norm first over all compactors and `begin_granularity` more at each refresh until the network that is
-          left is cheap enough -> `Forgetting.select`; W' = Q diag(gamma / sigma) W, b' = Q beta -> `_absorb`.
+          left is cheap enough -> `Forgetting.select`; W' = Q diag(gamma / sigma) W, b' = Q beta -> `fold_channels`.
 Differs   Built from the authors' code and published log; the paper's equation numbers could not be had. A batch norm
           is emitted again, with the mean of the new filters and the variance they would have on uncorrelated inputs,
           where the authors leave a bias: the model's class needs it, and training can go on. The lowest rows that reach
@@ -22,25 +22,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_prune.config import PruneConfig, require_choice, require_range
-from hf_prune.graph.writers import Silence, Writer, writers
-from hf_prune.parts import schedules, structures
+from hf_prune.parts import schedules
 from hf_prune.parts.budgets import PRICES, fit_price
-from hf_prune.parts.prunable import prunable_weights
+from hf_prune.parts.channel_gates import ChannelFunction, ChannelGate, at_least_float32, channel_targets
 from hf_prune.parts.recipe import Recipe
-from hf_prune.parts.selection import Selection, floor_count, keep_highest
-from hf_prune.parts.structures import GroupUnits
-from hf_prune.types import Paper, Phase, Plan, PruneError
+from hf_prune.parts.selection import Selection, drop_lowest, dropped, floor_count
+from hf_prune.types import Paper, Phase, Plan
 
 PAPER = Paper(
     title="ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting",
@@ -57,7 +54,7 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = True
-GOALS = ("target_flops", "target_params", "target_bytes")
+GOALS = ("target_flops", "target_params", "target_bytes", "target_latency")
 TINY_MODEL = "image"
 
 
@@ -101,38 +98,29 @@ class ResRepConfig(PruneConfig):
 
 Config = ResRepConfig
 
-_MIXES = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
-
-class Compactor(nn.Module):
+class Compactor(ChannelFunction):
     """Q, `(C, C)`: mixes the channels behind a layer; the identity when new.
 
     Rows that `keep` marks False are being forgotten. They count in the output like all others until `closed`, from
     where on they are zero.
     """
 
-    keep: Tensor
     closed: Tensor
 
     def __init__(self, channels: int, like: Tensor, lasso_weight: float) -> None:
-        super().__init__()
-        # fp32 at least: the pull of one step is below the resolution of bf16.
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.weight = nn.Parameter(torch.eye(channels, dtype=dtype, device=like.device))
-        self.register_buffer("keep", torch.ones(channels, dtype=torch.bool, device=like.device))
+        super().__init__(channels, like)
+        self.weight = nn.Parameter(torch.eye(channels, dtype=at_least_float32(like), device=like.device))
         self.register_buffer("closed", torch.zeros((), dtype=torch.bool, device=like.device))
         self.lasso_weight = lasso_weight
 
-    def matrix(self) -> Tensor:
+    def factor(self) -> Tensor:
         """Q as the output has it."""
-        return torch.where((self.keep | ~self.closed)[:, None], self.weight, 0.0)
+        return torch.where(self.alive()[:, None], self.weight, 0.0)
 
-    def forward(self, x: Tensor, channels_last: bool) -> Tensor:
-        """`Q x` over the last dimension, or over dimension 1."""
-        Q = self.matrix().to(x.dtype)
-        if channels_last or x.ndim == 2:
-            return F.linear(x, Q)
-        return _MIXES[x.ndim](x, Q.view(*Q.shape, *[1] * (x.ndim - 2)))
+    def alive(self) -> Tensor:
+        """All rows until the cut, though some are being forgotten, then those that are left."""
+        return self.keep | ~self.closed
 
     def norms(self) -> Tensor:
         """Length of each row, `(C,)`."""
@@ -145,91 +133,12 @@ class Compactor(nn.Module):
         return task + self.lasso_weight * ~self.closed * pull
 
 
-@cache
-def _compacted(kind: type[nn.Module]) -> type[nn.Module]:
-    """`kind` with a compactor behind its output. A class, because a wrapper would rename the tensors of the layer."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.shared_compactor[0](kind.forward(self, *args, **kwargs), isinstance(self, (nn.Linear, Conv1D)))
-
-    return type(f"Compacted{kind.__name__}", (kind,), {"forward": forward, "plain": kind})
-
-
-class CompactorGate:
-    """One compactor behind every layer that writes the group: at its batch norm where one follows, else at itself."""
-
-    def __init__(self, structure: GroupUnits, writers: Sequence[Writer], compactor: Compactor) -> None:
-        self.name, self.writers, self.compactor = structure.name, writers, compactor
-
-    def insert(self, model: nn.Module) -> None:
-        """Register the compactor in the first layer's module and send the output of all through it."""
-        for writer in self.writers:
-            host: Any = model.get_submodule(writer.host)
-            if writer is self.writers[0]:
-                host.add_module("compactor", self.compactor)
-            # In a tuple, so that a compactor shared by several layers is registered, saved and moved once.
-            host.shared_compactor = (self.compactor,)
-            host.__class__ = _compacted(type(host))  # type: ignore[arg-type]
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Q, under the kind "compactors"."""
-        yield "compactors", self.compactor.weight
-
-    def set_keep(self, keep: Tensor) -> None:
-        """Forget the rows that the plan drops, until it says otherwise."""
-        self.compactor.keep.copy_(keep)
-
-    def keep(self) -> Tensor:
-        """All rows until the cut, though some are being forgotten, then those that are left."""
-        return self.compactor.keep | ~self.compactor.closed
-
-    @torch.no_grad()
-    def fold(self, model: nn.Module) -> None:
-        """Multiply Q into the layers of `model` and give their modules their classes back."""
-        for writer in self.writers:
-            host: Any = model.get_submodule(writer.host)
-            if not hasattr(host, "shared_compactor"):
-                continue  # folded before, by a `finalize` that could not go on
-            compactor: Compactor = host.shared_compactor[0]  # of this model, which may be a copy
-            host.__class__ = host.plain
-            del host.shared_compactor
-            host._modules.pop("compactor", None)
-            _absorb(model, writer, _exact(compactor.matrix()))
-
-
-def _absorb(model: nn.Module, writer: Writer, Q: Tensor) -> None:
-    """`layer` and `norm` as one `Q norm(layer(x))`, in double precision.
-
-    Any variance v' is exact with the scale sqrt(v' + eps). It is what W' x would have with uncorrelated channels, so
-    that statistics of batches are near it when training goes on.
-    """
-    layer: Any = model.get_submodule(writer.layer)
-    if writer.norm is not None:
-        norm: Any = model.get_submodule(writer.norm)
-        mean, variance = _exact(norm.running_mean), _exact(norm.running_var)
-        scale = _exact(norm.weight) if norm.affine else torch.ones_like(variance)
-        shift, Q = Q, Q * scale * (variance + norm.eps).rsqrt()
-        norm.running_mean.copy_(Q @ mean)
-        norm.running_var.copy_(Q.square() @ variance if norm.affine else torch.full_like(variance, 1.0 - norm.eps))
-        if norm.affine:
-            norm.weight.copy_((_exact(norm.running_var) + norm.eps).sqrt())
-            norm.bias.copy_(shift @ _exact(norm.bias))
-    layer.weight.copy_(torch.tensordot(Q, _exact(layer.weight), dims=([1], [writer.dim])).movedim(0, writer.dim))
-    if layer.bias is not None:
-        layer.bias.copy_(Q @ _exact(layer.bias))
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In double precision, on the CPU: not every device has it."""
-    return tensor.detach().cpu().double()
-
-
 class Forgetting:
     """Chooses the rows to forget, and closes the compactors at the end: selection, projection and controller in one."""
 
     def __init__(
         self,
-        gates: Sequence[CompactorGate],
+        gates: Sequence[ChannelGate[Compactor]],
         cheapest: Selection,
         within_goal: Callable[[Plan], bool],
         config: ResRepConfig,
@@ -242,7 +151,7 @@ class Forgetting:
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
         """Norm of each row."""
-        return {gate.name: gate.compactor.norms() for gate in self.gates}
+        return {gate.name: gate.function.norms() for gate in self.gates}
 
     def select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
         """The rows that remember: chosen anew every `mask_interval_steps` after `begin`, and for good at `end`."""
@@ -255,20 +164,15 @@ class Forgetting:
     @property
     def plan(self) -> Plan:
         """Which rows remember now."""
-        return {gate.name: gate.compactor.keep for gate in self.gates}
+        return {gate.name: gate.function.keep for gate in self.gates}
 
     def _refreshed(self, scores: Mapping[str, Tensor]) -> Plan:
         """As many of the lowest rows as the goal needs, but few more than now while the goal is not reached."""
         now, wanted = self.plan, self.cheapest(scores, 1.0)
-        quota = _dropped(now) + self.config.begin_granularity
-        if self.within_goal(now) or _dropped(wanted) <= quota:
+        quota = dropped(now) + self.config.begin_granularity
+        if self.within_goal(now) or dropped(wanted) <= quota:
             return wanted
-        guarded = {
-            name: score.masked_fill(keep_highest([score], self.floors[name])[0], math.inf)
-            for name, score in scores.items()
-        }
-        keeps = keep_highest(list(guarded.values()), sum(map(len, guarded.values())) - quota)
-        return dict(zip(guarded, keeps, strict=True))
+        return drop_lowest(scores, quota, self.floors)
 
     def count(self) -> None:
         """One more optimizer step was made."""
@@ -288,15 +192,15 @@ class Forgetting:
         if ended and not self.closed:
             self._warn_of_loss()
         for gate in self.gates:
-            gate.compactor.closed.fill_(ended)
+            gate.function.closed.fill_(ended)
 
     @property
     def closed(self) -> bool:
         """Whether forgotten rows are zero by now."""
-        return bool(self.gates[0].compactor.closed)
+        return bool(self.gates[0].function.closed)
 
     def _warn_of_loss(self) -> None:
-        norms = torch.cat([gate.compactor.norms()[~gate.compactor.keep].cpu() for gate in self.gates])
+        norms = torch.cat([gate.function.norms()[~gate.function.keep].cpu() for gate in self.gates])
         late = norms[norms > self.config.merge_threshold]
         if len(late):
             warnings.warn(
@@ -316,52 +220,29 @@ class Forgetting:
         self.steps = state["steps"]
 
 
-def _dropped(plan: Plan) -> int:
-    return sum(int((~keep).sum()) for keep in plan.values())
-
-
-def _targets(model: nn.Module, graph: Any, config: ResRepConfig) -> list[tuple[GroupUnits, tuple[Writer, ...]]]:
-    """Groups that dense layers alone write, chosen by these layers' names, with the layers."""
-    weights = prunable_weights(model, config.include, config.exclude)
-    excluded = prunable_weights(model, config.exclude, ()).keys() if config.exclude else set()
-    silence, found = Silence(model, graph.traced), []
-    for name, group in graph.groups.items():
-        layers = () if group.normalised else writers(model, graph.traced, group)
-        named = any(f"{writer.layer}.weight" in weights for writer in layers)
-        barred = any(member.tensor in excluded for member in group.members)
-        few = len(layers) == 1 or config.residual
-        if named and few and not barred and group.size > 1 and silence.leaves_no_trace(name, layers):
-            found.append((structures.group_structure(group, model), layers))
-    if not found:
-        raise PruneError(
-            f"no width of {type(model).__name__} can carry a compactor (include={config.include}, "
-            f"exclude={config.exclude}, residual={config.residual}): it must be written by linear or convolution "
-            "layers alone, all of it, under no LayerNorm-like statistics, and be zero further on where they give zero."
-        )
-    return found
-
-
 def build(model: nn.Module, graph: Any, config: ResRepConfig) -> Recipe:
     """A compactor for every width that can lose channels exactly; rows forgotten up to `end`."""
     goal = config.goal
     assert goal is not None
-    targets = _targets(model, graph, config)
+    targets = channel_targets(
+        model, graph.traced, include=config.include, exclude=config.exclude, residual=config.residual
+    )
     like = next(model.parameters())
-    gates = [
-        CompactorGate(units, writers, Compactor(units.units, like, config.lasso_weight)) for units, writers in targets
-    ]
+    compactors = [Compactor(target.units.units, like, config.lasso_weight) for target in targets]
+    gates = [ChannelGate(target, [each], "compactors") for target, each in zip(targets, compactors, strict=True)]
+    units = [target.units for target in targets]
     traced, price = graph.traced, PRICES[goal.name]
     allowed = goal.value * price(traced, None)
-    cheapest = fit_price(traced, [units for units, _ in targets], goal, scope=config.scope, min_keep=config.min_keep)
+    cheapest = fit_price(traced, units, goal, scope=config.scope, min_keep=config.min_keep)
     forgetting = Forgetting(gates, cheapest, lambda plan: price(traced, plan) <= allowed, config)
     return Recipe(
-        structures=[units for units, _ in targets],
+        structures=units,
         scores=forgetting.scores,
         selection=forgetting.select,
         schedule=schedules.linear(config.begin, config.end),
         fixed_from=config.end,
         gates=gates,
-        transforms={gate.compactor.weight: gate.compactor.reset_gradient for gate in gates},
+        transforms={compactor.weight: compactor.reset_gradient for compactor in compactors},
         projections=[forgetting.count],
         controller=forgetting,
         # Adam would divide the pull by its own size, and rows would not shrink as a whole.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_prune.config import Goal
-from hf_prune.graph import Graph
+from hf_prune.graph import Graph, shrink
 from hf_prune.parts.selection import Selection, floor_count, keep_floors, keep_highest
 from hf_prune.types import Plan, PruneError, Structure
 
@@ -16,8 +17,37 @@ PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
     "target_flops": lambda graph, plan: graph.price(plan).multiply_adds,
     "target_params": lambda graph, plan: graph.price(plan).parameters,
     "target_bytes": lambda graph, plan: graph.price(plan).bytes,
+    "target_latency": lambda graph, plan: graph.latency.at(plan),
 }
-"""Goal -> price of a plan: multiply-adds per sample, parameters, bytes."""
+"""Goal -> price of a plan: multiply-adds per sample, parameters, bytes, milliseconds as estimated."""
+
+CORRECTIONS: dict[str, Callable[[Graph, float, Callable[[float], Plan]], float]] = {
+    "target_latency": lambda graph, goal, choose: graph.latency.correction(goal, choose, partial(_shrink, graph)),
+}
+"""Goal whose price is an estimate -> factor on the goal, found by measuring what the last plan really costs."""
+
+
+def _shrink(graph: Graph, model: nn.Module, plan: Plan) -> None:
+    shrink(model, graph, plan)
+
+
+_PLACES = {"target_flops": 0, "target_params": 1, "target_bytes": 2}  # of each goal's price in `Prices.at`
+
+
+def share_of_sizes(graph: Graph, goal: Goal, groups: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    """What the model costs, as a share of the dense price, when `groups` have the sizes `(groups,)` given.
+
+    All other groups stay whole. Differentiable: the price is a polynomial, so sizes may be expectations.
+    """
+    names, place = list(graph.groups), _PLACES[goal.name]
+    whole = torch.tensor([float(group.size) for group in graph.groups.values()], dtype=torch.float64)
+    where, dense = torch.tensor([names.index(group) for group in groups]), graph.prices.at(whole)[place]
+
+    def share(sizes: Tensor) -> Tensor:
+        at = whole.to(sizes.device).index_copy(0, where.to(sizes.device), sizes.double())
+        return graph.prices.at(at)[place] / dense.to(sizes.device)
+
+    return share
 
 
 def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
@@ -28,11 +58,18 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     """
     price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
     dense = price(graph, None)
-    _require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
+    require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
+
+    factors: list[float] = []  # one, once the last plan was first chosen
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
-        allowed, cheap, dear = goal.kept(share) * dense, 0, sum(len(s) for s in scores.values())
+        if share >= 1.0 and goal.name in CORRECTIONS and not factors:
+            factors.append(CORRECTIONS[goal.name](graph, goal.value, lambda kept: choose(values, kept * dense)))
+        return choose(values, goal.kept(share) * dense * (factors[0] if share >= 1.0 and factors else 1.0))
+
+    def choose(values: Mapping[str, Tensor], allowed: float) -> Plan:
+        cheap, dear = 0, sum(len(s) for s in values.values())
         everything = _keep(values, dear, floors)
         if price(graph, everything) <= allowed:
             return everything
@@ -49,7 +86,8 @@ def _floors_alone(structures: Sequence[Structure], floors: Mapping[str, int]) ->
     return {s.name: torch.arange(s.units) < floors[s.name] for s in structures}
 
 
-def _require_reachable(goal: Goal, least: float) -> None:
+def require_reachable(goal: Goal, least: float) -> None:
+    """Raise where the cheapest plan, which costs the share `least` of the dense model, is dearer than the goal."""
     if least > goal.kept(1.0):
         raise PruneError(
             f"{goal.name}={goal.value} cannot be reached: with every group at its floor the model still costs "

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from hf_prune.config import require_range
 from hf_prune.types import PruneError
 
+Teacher = nn.Module | str | Path
+"""A model, a folder, a Hub id, or "self"."""
+
 LOGITS = ("logits", "start_logits", "end_logits")
 _LEAST = torch.finfo(torch.float32).min / 2  # the difference of two is finite
 
@@ -61,6 +64,29 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: T
     return temperature**2 * _mean((log_teacher.exp() * (log_teacher - log_student)).sum(-1), valid)
 
 
+def logits_divergence(
+    outputs: Mapping[str, Any], taught: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], temperature: float
+) -> Tensor:
+    """`kl_divergence` of a student's logits from those of its teachers, averaged as probabilities.
+
+    outputs, taught: `ModelOutput`s for the same `inputs`; positions without a label do not count.
+    """
+    names = [name for name in LOGITS if name in outputs]
+    if not names:
+        raise PruneError(f"distillation needs one of {LOGITS} in the model's output, got {list(outputs)}.")
+    valid, terms = _valid_rows(outputs, inputs), []
+    for name in names:
+        student, teachers = outputs[name], [answer[name] for answer in taught]
+        if student.shape != teachers[0].shape:
+            raise PruneError(
+                f"student and teacher disagree on {name}: {tuple(student.shape)} against "
+                f"{tuple(teachers[0].shape)}; use a teacher with the same labels and tokenizer."
+            )
+        mean = _mean_teacher(teachers, temperature)
+        terms.append(kl_divergence(student, mean, temperature, valid if student.ndim > 2 else None))
+    return torch.stack(terms).mean()
+
+
 class Distiller:
     """The distillation loss of one student against its teachers.
 
@@ -92,7 +118,7 @@ class Distiller:
         outputs: the student's `ModelOutput` for `inputs`, with what `DistillConfig.student_flags` asks for.
         """
         config, taught = self.config, self._ask_teachers(inputs)
-        terms = {"distill_logits": config.alpha * self._logits_term(outputs, taught, _valid_rows(outputs, inputs))}
+        terms = {"distill_logits": config.alpha * logits_divergence(outputs, taught, inputs, config.temperature)}
         if config.hidden_weight:
             terms["distill_hidden"] = config.hidden_weight * self._hidden_term(outputs, taught[0], inputs)
         if config.attention_weight:
@@ -112,24 +138,6 @@ class Distiller:
             teacher.to(device).eval()
             answers.append(teacher(**{**asked, **self.config.student_flags, "return_dict": True}))
         return answers
-
-    def _logits_term(
-        self, outputs: Mapping[str, Any], taught: Sequence[Mapping[str, Any]], valid: Tensor | None
-    ) -> Tensor:
-        names = [name for name in LOGITS if name in outputs]
-        if not names:
-            raise PruneError(f"distillation needs one of {LOGITS} in the model's output, got {list(outputs)}.")
-        terms = []
-        for name in names:
-            student, teachers = outputs[name], [answer[name] for answer in taught]
-            if student.shape != teachers[0].shape:
-                raise PruneError(
-                    f"student and teacher disagree on {name}: {tuple(student.shape)} against "
-                    f"{tuple(teachers[0].shape)}; use a teacher with the same labels and tokenizer."
-                )
-            mean = _mean_teacher(teachers, self.config.temperature)
-            terms.append(kl_divergence(student, mean, self.config.temperature, valid if student.ndim > 2 else None))
-        return torch.stack(terms).mean()
 
     def _hidden_term(self, outputs: Mapping[str, Any], taught: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
         ours, theirs = _states(outputs, "hidden_states"), _states(taught, "hidden_states")
@@ -214,28 +222,14 @@ def load_teacher(teacher: nn.Module | str | Path, student: nn.Module, tokenizer:
     elif str(teacher) == "self":
         model = copy.deepcopy(student)
     else:
-        model = _from_pretrained(str(teacher))
+        from hf_prune.checkpoint.load import load_pretrained
+
+        model = load_pretrained(str(teacher), role="teacher")
     if model is student:
         raise PruneError("the teacher is the student itself; pass teacher='self' for a copy of it before pruning.")
     _check_labels(model, student)
     _check_vocabulary(model, student, None if isinstance(teacher, nn.Module) else str(teacher), tokenizer)
     return model
-
-
-def _from_pretrained(name: str) -> nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise PruneError(f"no teacher can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-    architectures = config.architectures or []
-    if not architectures or not hasattr(transformers, architectures[0]):
-        raise PruneError(
-            f"the config of teacher {name!r} names no model class of transformers (architectures={architectures}); "
-            "load it yourself and pass the model."
-        )
-    return getattr(transformers, architectures[0]).from_pretrained(name)
 
 
 def _check_labels(teacher: nn.Module, student: nn.Module) -> None:

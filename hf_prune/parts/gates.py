@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,17 @@ class Gate(Protocol):
 
     def fold(self, model: nn.Module) -> None:
         """Leave `model`, or a copy of it, with plain parameters and the outputs that it has in eval mode."""
+
+
+@runtime_checkable
+class ShrinkableGate(Gate, Protocol):
+    """A gate that stays in place while units are cut out of the model under it (`Pruner.shrink_now`).
+
+    Its vectors keep one value for each unit of the model as it was attached; `GroupUnits.left` says what is left.
+    """
+
+    def suspend(self, model: nn.Module) -> None:
+        """Leave plain parameters, with zeros where `keep` says no, until `insert` is called again."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -146,6 +157,16 @@ class MaskGate:
             module, attribute = _locate(model, tensor)
             if parametrize.is_parametrized(module, attribute):  # one removal bakes all masks of the tensor
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+
+    @torch.no_grad()
+    def suspend(self, model: nn.Module) -> None:
+        """Take the masks away; what they remove at present is zero in the parameters."""
+        for tensor in self.masks:
+            module, attribute = _locate(model, tensor)
+            if parametrize.is_parametrized(module, attribute):
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            parameter = getattr(module, attribute)
+            parameter.copy_(_zero_unless(self.structure.expand(self.keep(), tensor), parameter))
 
 
 class ScoreGate(MaskGate):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_prune.parts.gates import parametrizations
+from hf_prune.parts.randomness import generator
 from hf_prune.types import Structure
 
 
@@ -32,6 +33,12 @@ def _unit_norm(model: nn.Module, structure: Structure, order: int) -> Tensor:
     if units.shape[1] == 1:
         return units[:, 0].abs()
     return units.abs().mean(1) if order == 1 else units.square().mean(1).sqrt()
+
+
+def random_ranks(structure: Structure, seed: int) -> Tensor:
+    """Ranks of a shuffle that depends on the seed and the name alone, in (0, 1] whatever the number of units."""
+    order = torch.randperm(structure.units, generator=generator(seed, structure.name))
+    return (order + 1) / structure.units
 
 
 def dense_parameter(model: nn.Module, tensor: str) -> Tensor:

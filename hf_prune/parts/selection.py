@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.config import Goal
+from hf_prune.parts.gates import Gate
 from hf_prune.types import Plan, PruneError, Structure
 
 Selection = Callable[[Mapping[str, Tensor], float], Plan]
@@ -27,9 +28,33 @@ def floor_count(min_keep: float, units: int) -> int:
     return max(1, int(min_keep * units))
 
 
+def select_among(plan: Plan, selection: Selection, scores: Mapping[str, Tensor], share: float) -> Plan:
+    """What `selection` keeps of the units that `plan` keeps: what is gone stays gone, whatever its score is now."""
+    left = {name: score.masked_fill(~plan[name].to(score.device), -torch.inf) for name, score in scores.items()}
+    return {name: keep & plan[name].to(keep.device) for name, keep in selection(left, share).items()}
+
+
+def lasting(gates: Sequence[Gate], selection: Selection) -> Selection:
+    """`selection` among what the gates still keep."""
+    return lambda scores, share: select_among({gate.name: gate.keep() for gate in gates}, selection, scores, share)
+
+
 def keep_floors(plan: Plan, scores: Mapping[str, Tensor], floors: Mapping[str, int]) -> Plan:
     """`plan`, where the best units of each structure stay up to its floor."""
     return {name: keep | keep_highest([scores[name]], floors[name])[0] for name, keep in plan.items()}
+
+
+def drop_lowest(scores: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
+    """Drop the `count` lowest of all structures together; a floor's best units take nothing from the count."""
+    guarded = [
+        score.masked_fill(keep_highest([score], floors[name])[0], float("inf")) for name, score in scores.items()
+    ]
+    return dict(zip(scores, keep_highest(guarded, sum(map(len, guarded)) - count), strict=True))
+
+
+def dropped(plan: Plan) -> int:
+    """How many units `plan` removes."""
+    return sum(int((~keep).sum()) for keep in plan.values())
 
 
 def keep_highest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -102,6 +127,32 @@ def top_k(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: 
         return _global(scores, kept, sizes, floors)
 
     return select
+
+
+def top_units(structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
+    """Keep the highest scores up to the goal's fraction of *units*, over all structures or of each by itself.
+
+    k of C units stay in the end, the goal's fraction of C to the nearest, and `k + floor((C - k) (1 - share))` on the
+    way: counted from totals, so that no rounding adds up.
+    """
+    floors = {s.name: floor_count(min_keep, s.units) for s in structures}
+
+    def count(units: int, share: float) -> int:
+        final = int(goal.kept(1.0) * units + 0.5)
+        return final + count_kept(1.0 - share, units - final)
+
+    def select(scores: Mapping[str, Tensor], share: float) -> Plan:
+        _require_finite(scores)
+        if scope == "per_group":
+            return {n: keep_highest([s], max(floors[n], count(len(s), share)))[0] for n, s in scores.items()}
+        raised = {n: s.masked_fill(keep_highest([s], floors[n])[0], float("inf")) for n, s in scores.items()}
+        return dict(zip(raised, keep_highest(list(raised.values()), count(_total(scores), share)), strict=True))
+
+    return select
+
+
+def _total(scores: Mapping[str, Tensor]) -> int:
+    return sum(len(score) for score in scores.values())
 
 
 def _global(scores: Mapping[str, Tensor], kept: float, sizes: Mapping[str, int], floors: Mapping[str, int]) -> Plan:

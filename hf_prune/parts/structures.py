@@ -6,8 +6,8 @@ weight's shape; scores, selection and masks are written once against these two f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.graph import unit_indices
+from hf_prune.graph import spread, unit_indices
 from hf_prune.types import Group, Member, PruneError, Structure
 
 
@@ -127,12 +127,27 @@ class Slices(_OneWeight):
         return keep.view([-1 if d == self.dim else 1 for d in range(len(self.shape))]).expand(self.shape)
 
 
+@dataclass
+class Left:
+    """What a group and its tensors still have once units were cut out while the run goes on; empty before that."""
+
+    units: Tensor | None = None
+    """Indices of the units left."""
+    tensors: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    """Tensor that lost entries, to any group -> indices of each of its dimensions that are left."""
+
+
 @dataclass(frozen=True)
 class GroupUnits:
-    """The units of a dimension group, tied over all its members: an FFN neuron is a row, a bias entry and a column."""
+    """The units of a dimension group, tied over all its members: an FFN neuron is a row, a bias entry and a column.
+
+    Units are those of the model as it was attached, also when some were cut out since (`Pruner.shrink_now`): scores,
+    plans and reports need not know. `view` gives zeros for what is gone, `expand` fits the tensors as they are.
+    """
 
     group: Group
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    left: Left = field(default_factory=Left, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -148,7 +163,8 @@ class GroupUnits:
     def unit_size(self) -> int:
         """An equal share of the weights that belong to units, over all members, without biases and norm parameters."""
         none = torch.zeros(self.units, dtype=torch.bool)
-        weights = [self.expand(none, name) for name, shape in self.shapes if len(shape) > 1]
+        whole = GroupUnits(self.group, self.shapes)
+        weights = [whole.expand(none, name) for name, shape in self.shapes if len(shape) > 1]
         return sum(mask.numel() - int(mask.count_nonzero()) for mask in weights) // self.units
 
     @property
@@ -164,6 +180,8 @@ class GroupUnits:
 
     def view(self, weight: Tensor, tensor: str) -> Tensor:
         """What each unit has in `tensor`, its occurrences side by side."""
+        if tensor in self.left.tensors:
+            weight = spread(weight, self.left.tensors[tensor], dict(self.shapes)[tensor])
         return torch.cat([self._member_view(weight, member) for member in self._members(tensor)], dim=1)
 
     def expand(self, keep: Tensor, tensor: str) -> Tensor:
@@ -171,6 +189,12 @@ class GroupUnits:
         shape = dict(self.shapes)[tensor]
         masks = [self._member_mask(keep, member, shape) for member in self._members(tensor)]
         return reduce(torch.mul, masks)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value for each unit left, `(units left, ...)`, as one for each unit, `(units, ...)`: 0 for those gone."""
+        if self.left.units is None:
+            return values
+        return values.new_zeros(self.units, *values.shape[1:]).index_copy_(0, self.left.units, values)
 
     def _fills(self, member: Member, size: int) -> bool:
         """Whether the group has the dimension of that size to itself, so that reshaping it is enough."""
@@ -194,6 +218,9 @@ class GroupUnits:
             indices = unit_indices(member, self.units).to(keep.device)
             own = keep[:, None].expand_as(indices).flatten()
             along = keep.new_ones(shape[member.dim]).index_copy(0, indices.flatten(), own)
+        left = self.left.tensors.get(member.tensor)
+        if left is not None:
+            along, shape = along[left[member.dim]], tuple(map(len, left))
         return along.view([-1 if d == member.dim else 1 for d in range(len(shape))]).expand(shape)
 
 

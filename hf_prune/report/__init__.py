@@ -1,5 +1,5 @@
 """What a run did, counted and shown."""
 
-from hf_prune.report.summary import make_report, sparsity
+from hf_prune.report.summary import chain, make_report, sparsity
 
-__all__ = ["make_report", "sparsity"]
+__all__ = ["chain", "make_report", "sparsity"]

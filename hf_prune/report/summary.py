@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,9 +45,35 @@ def make_report(
     )
 
 
+def chain(first: Report, then: Report) -> Report:
+    """What two runs in a row did to the model that the first one began with; other fields are the second's."""
+    before, after = first.parameters, then.parameters
+    shrunk = any("indices" in layer for layer in first.layers.values())  # what went is no longer there to be counted
+    kept = after["kept"] + (before["kept"] - after["prunable"] if shrunk else 0)
+    return dataclasses.replace(
+        then,
+        sparsity=1.0 - kept / before["prunable"] if before["prunable"] else then.sparsity,
+        layers={name: _chained(layer, then.layers.get(name)) for name, layer in first.layers.items()},
+        parameters={**before, "kept": kept},
+        prices={name: {**price, "kept": then.prices.get(name, price)["kept"]} for name, price in first.prices.items()},
+        frozen=first.frozen | then.frozen,
+    )
+
+
+def _chained(first: dict[str, Any], then: dict[str, Any] | None) -> dict[str, Any]:
+    if then is None:
+        return first
+    layer = {**first, "kept": then["kept"]}
+    if "indices" in first:
+        layer["indices"] = [first["indices"][each] for each in then["indices"]]
+    return layer
+
+
 def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
     layer = {"structure": type(structure).__name__, "units": structure.units, "kept": int(keep.sum())}
-    return {**layer, "indices": keep.nonzero()[:, 0].tolist()} if isinstance(structure, GroupUnits) else layer
+    if not isinstance(structure, GroupUnits):
+        return layer
+    return {**layer, "role": structure.group.role, "indices": keep.nonzero()[:, 0].tolist()}
 
 
 def _count(structures: Sequence[Structure], plan: Plan) -> _Weights:
