@@ -21,10 +21,12 @@ LITTLE = {
     "Qwen3MoeForCausalLM": "its experts are one grouped operation, which needs aligned widths",
     "SEWForSequenceClassification": "its stream passes a convolution with weight norm",
     "LongformerForSequenceClassification": "windows of its attention are overlapping views of all of its stream",
+    "MarianMTModel": "code makes the position tables that are added to its streams when a checkpoint is loaded",
     "NystromformerForSequenceClassification": "all heads share the largest entry of one matrix",
     "Siglip2ForImageClassification": "code fills a new tensor of its stream's width row by row",
     "T5EncoderModel": "its stream is its output",
     "Wav2Vec2ForSequenceClassification": "its stream passes a convolution with weight norm",
+    "XLNetForSequenceClassification": "a part of its weights is only used with segments",
 }
 """Models that keep more than 60 % of their parameters at 30 % of every group, and why."""
 
