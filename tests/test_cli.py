@@ -159,4 +159,4 @@ def test_bench_measures_models_in_turn_and_notes_it_for_the_card(tmp_path: Path)
     assert all(row["speedup"] == 1.0 for row in times if row["model"] == dense)
     latency = read_report(pruned).latency
     assert latency["kept"] == {name: times[1][name] for name in ("median_ms", "low_ms", "high_ms")}
-    assert "1 threads, plain, batch 3" in latency["machine"]
+    assert "1 threads, plain, pixel_values 3 x 3 x 16 x 16" in latency["machine"]
