@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_cli import cli
 from tiny_files import save_image_model, save_reviews, save_text_model
 
@@ -93,6 +94,23 @@ def test_inspect_says_where_shrinking_is_not_exact(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("hf_prune.graph.verify.mask", lambda model, graph, plan: None)  # masks nothing
     done = cli("inspect", save_image_model(tmp_path / "model"), "--check", "--plans", 1)
     assert done.code == 1 and "NOT exact" in done.out
+
+
+def test_diagnosis_names_a_layer_that_magnitude_would_remove(tmp_path: Path) -> None:
+    folder, data = save_text_model(tmp_path / "model"), save_reviews(tmp_path / "reviews.csv")
+    model = load_pretrained(folder)
+    block = model.bert.encoder.layer[0].attention
+    with torch.no_grad():
+        block.self.value.weight *= 100
+        block.self.value.bias *= 100
+        block.output.dense.weight /= 100
+    model.save_pretrained(folder)
+    words = ["inspect", folder, "--diagnose", "-d", data, "--rows", 8]
+    found = {each["layer"]: each for each in cli(*words, "--json").result["diagnosis"]}
+    scaled_down = found["bert.encoder.layer.0.attention.output.dense"]
+    assert scaled_down["kept_by_magnitude"] == 0.0 < scaled_down["kept_by_fisher"]
+    assert "would remove" in scaled_down["warning"]
+    assert cli(*words).code == 0
 
 
 def test_sensitivity_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
