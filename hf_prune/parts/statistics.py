@@ -84,14 +84,18 @@ class Point:
 class RunningMean:
     """Mean of what a reducer makes of every observation so far, over all processes in the end."""
 
-    def __init__(self, reduce: Reducer) -> None:
+    def __init__(self, reduce: Reducer | None = None) -> None:
         self.reduce = reduce
         self.total: Tensor | None = None
         self.count = 0
 
     def update(self, observed: Tensor) -> None:
         """Add the observations of one batch."""
-        total, count = self.reduce(observed.detach())
+        assert self.reduce is not None
+        self.add(*self.reduce(observed.detach()))
+
+    def add(self, total: Tensor, count: int) -> None:
+        """Add the sum of `count` observations."""
         total = total.to(widest(total.device))
         self.total = total if self.total is None else self.total + total
         self.count += count
