@@ -319,12 +319,10 @@ class PruneTrainer(Trainer):
         about: as for `create_model_card`.
         """
         self._require_finished("push_to_hub")
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if not self.is_world_process_zero():
-            return None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self._save_compact(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            self._save_compact(str(self.args.output_dir))
         return self._push(
             str(self.args.output_dir), commit_message or "End of training", self._about(**about), blocking,
             token=token, revision=revision, private=private,
@@ -334,6 +332,7 @@ class PruneTrainer(Trainer):
         """Push a saved folder; the training arguments say what `given` (token, revision, private) leaves out."""
         from hf_prune.checkpoint.hub import push_folder
 
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
             return None
         usual = {

@@ -19,7 +19,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     import cells
 
     yield cells
-    for name in ("cells", "movement_text"):
+    for name in ("cells", "movement_text", "channel_methods", "images"):
         sys.modules.pop(name, None)
 
 
@@ -61,3 +61,38 @@ def test_paired_bootstrap_finds_a_real_gain_and_no_false_one(harness: Any) -> No
     assert low > 0 and low < points < high and points == pytest.approx(100 * (better.mean() - base.mean()))
     same = movement_text.paired_bootstrap(base.astype(int), base.astype(int), draws=100)
     assert same == (0.0, 0.0, 0.0)
+
+
+def test_every_method_with_a_channel_goal_has_rows_whose_settings_fit_both_tasks(harness: Any) -> None:
+    import channel_methods as benchmark
+
+    from hf_prune.methods import METHODS, load
+
+    rows = benchmark.rows()
+    assert {name for name in METHODS if "target_flops" in load(name).GOALS} <= {*rows, "magnitude"}
+    for task in benchmark.TASKS:
+        for quick in (False, True):
+            scale = benchmark.Scale(benchmark.size_of(task, quick)["steps"], benchmark.TASKS[task].units)
+            for row, method in rows.items():
+                for trial in benchmark.trials(row, scale) if method else ():
+                    config = benchmark.pruning(benchmark.row_cell(task, row, 0.3, 2, trial, quick))
+                    assert (config.method, config.target_flops, config.seed) == (method, 0.3, 2)
+    guarded = benchmark.guarded_cells(quick=False)
+    assert len(guarded) == 10 and {benchmark.pruning(cell).max_metric_drop for cell in guarded} == {0.01}
+
+
+def test_bars_say_what_is_met(harness: Any) -> None:
+    import channel_methods as benchmark
+
+    def row(test: float) -> dict[str, Any]:
+        return {"test": harness.spread([test]), "change": harness.spread([test - 92.5])}
+
+    table = {"dense": row(92.5), "uniform L1": row(92.0), "resrep": row(91.9), "gate_decorator": row(91.5)}
+    found = dict(benchmark.bars({"tables": {"fashion 0.5": table}, "play_and_prune": {"runs": 10, "kept": 8}}))
+    assert {name: text.split()[0] for name, text in found.items()} == {
+        "dense at least 92 %": "met",
+        "resrep at least uniform L1 - 0.3": "met",
+        "gate_decorator at least uniform L1 - 0.3": "MISSED",
+        "resrep loses at most 0.5": "MISSED",
+        "play_and_prune within 1.0 in 9 of 10": "MISSED",
+    }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +43,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reviews": save_reviews(folder / "reviews.csv"),
         "pictures": save_pictures(folder / "pictures"),
     }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -185,3 +194,25 @@ def test_ctrl_c_leaves_a_run_that_ends_as_if_nothing_had_happened(files: dict[st
     assert cli(*words, "-o", tmp_path / "stopped", "--resume").code == 0
     assert cli(*words, "-o", tmp_path / "whole").code == 0
     _assert_same(_weights(tmp_path / "stopped"), _weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_one_model(files: dict[str, str], tmp_path: Path) -> None:
+    """`accelerate launch -m hf_prune`: the masks of one process with twice the batch, and one result printed."""
+    own = "--method movement --final-sparsity 0.5 --max-steps 6 --logging-steps 1 --dataloader-drop-last true".split()
+    words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, *QUICK, "--json"]
+    launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", *launch.split(), "--num_processes", "2", "--main_process_port", str(free_port())]
+    command += ["-m", "hf_prune", *words, "-o", str(tmp_path / "two"), "--per-device-train-batch-size", "4"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert cli(*words, "-o", tmp_path / "one", "--per-device-train-batch-size", 8).code == 0
+    two, one = _weights(tmp_path / "two"), _weights(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for name, value in two.items():
+        if not name.endswith(("_gaps", "_bitmask")):
+            assert value.shape == one[name].shape and (value - one[name]).abs().max() <= 1e-4, name

@@ -168,7 +168,7 @@ def _prepare(task: str, model: str, source: Source, arguments: TrainingArguments
         set_seed(arguments.seed)  # of a new head
         path = model_path(model, Path(str(arguments.output_dir)) / "base")
         prepared = chosen.prepare(path, labelled, reading)
-    for note in labelled.notes:
+    for note in labelled.notes if arguments.process_index == 0 else ():
         typer.echo(f"hf-prune: {note}.", err=True)
     arguments.remove_unused_columns &= not chosen.lazy
     return prepared

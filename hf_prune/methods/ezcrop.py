@@ -140,7 +140,7 @@ def build(model: nn.Module, graph: Any, config: EZCropConfig) -> Recipe:
         scores = {}
         for each in units:
             own = torch.stack([score for (name, _), score in seen.items() if name == each.name])
-            scores[each.name] = own.mean(0) if config.members == "mean" else own.amax(0)
+            scores[each.name] = each.spread(own.mean(0) if config.members == "mean" else own.amax(0))
         return {**scores, **_sizes_of_flat([each for each in units if not scores[each.name].any()])}
 
     def _sizes_of_flat(flat: list[Any]) -> Mapping[str, Tensor]:

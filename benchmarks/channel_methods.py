@@ -1,0 +1,480 @@
+"""Every method that prunes channels, on Fashion-MNIST and on emoji drawings, from one dense model and with equal steps.
+
+    python benchmarks/channel_methods.py            # all cells; finished ones stay, so it can be stopped and resumed
+    python benchmarks/channel_methods.py --quick    # few rows and steps, one seed, minutes: shows that it runs
+    python benchmarks/channel_methods.py --table    # only print what is there
+
+A row is a method under its setting in `TRIALS`, or its config's defaults. Rows with several settings are tried on
+Fashion-MNIST at half of the multiply-adds with seed 0, and the one with the best validation accuracy is used
+everywhere; test rows count for that one alone. All rows train for the same number of optimizer steps, search included,
+with AdamW under a cosine; the fields "training" of a setting change that. Overhead is processor time of training over
+that of "tuned", which only trains on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cells import CACHE, RESULTS, Cell, Store, arguments, open_store, run, spread, spread_text
+from images import Pixels, decode, whole
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_prune import PruneConfig, PruneError, PruneTrainer, methods
+from hf_prune.demo_data import MissingPackage, load_emoji, load_fashion_mnist, load_mobilenet_v2
+from hf_prune.graph import trace
+from hf_prune.metrics import compute_metrics_for
+
+SEEDS = (0, 1, 2)
+TOLERANCE, GUARDED_RUNS, GUARDED_KEPT = 1.0, 10, 9
+"""Points that Play and Prune may lose, runs in which that is looked at, and in how many it must hold."""
+BELOW_UNIFORM, RESREP_LOSS = 0.3, 0.5
+"""Points that a method may be below uniform L1, and ResRep below the dense model, at half of the multiply-adds."""
+
+
+@dataclass(frozen=True)
+class Task:
+    load: Callable[..., Any]
+    build: Callable[[], PreTrainedModel]
+    inner: tuple[str, ...]
+    """Layers inside blocks, whose width no residual stream shares."""
+    units: int
+    """About how many channels there are."""
+    goals: dict[float, tuple[int, ...]]
+    """Fraction of the multiply-adds kept -> seeds."""
+    full: dict[str, Any]
+    quick: dict[str, Any]
+
+
+def small_resnet() -> PreTrainedModel:
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2]}
+    shape = {"layer_type": "basic", "downsample_in_first_stage": False, "num_channels": 1, "num_labels": 10}
+    return ResNetForImageClassification(ResNetConfig(**sizes, **shape))
+
+
+TASKS = {
+    "fashion": Task(
+        load_fashion_mnist, small_resnet, ("*.layer.0.convolution",), 670, {0.5: SEEDS, 0.3: (0,)},
+        {"rows": 55_000, "dense_steps": 6000, "steps": 1500, "batch": 64},
+        {"rows": 2000, "dense_steps": 100, "steps": 60, "batch": 32},
+    ),
+    "emoji": Task(
+        load_emoji, lambda: load_mobilenet_v2(9), ("*.expand_1x1.convolution",), 7000, {0.5: SEEDS},
+        {"rows": 3030, "dense_steps": 480, "steps": 300, "batch": 32},
+        {"rows": 200, "dense_steps": 20, "steps": 30, "batch": 8},
+    ),
+}  # fmt: skip
+
+
+class Scale(NamedTuple):
+    steps: int
+    units: int
+
+
+EARLY = {"begin": 0.0, "end": 0.3}
+"""What rankings alone need: cut early, then tune."""
+
+
+def l1(**more: Any) -> list[dict[str, Any]]:
+    return [{"config": {**EARLY, **more, "include": "inner"}}, {"config": {**EARLY, **more}}]
+
+
+def resrep(scale: Scale) -> list[dict[str, Any]]:
+    """A forgotten row vanishes within a seventh of the steps; half of the units are chosen in half of the steps."""
+    momentum, lr = 0.9, 0.02
+    pace = {
+        "lasso_weight": (1 - momentum) / (lr * scale.steps / 7),
+        "compactor_lr": lr,
+        "compactor_momentum": momentum,
+        "mask_interval_steps": max(1, scale.steps // 200),
+        "begin_granularity": max(1, scale.units // 200),
+    }
+    return [{"config": {**pace, "residual": residual}} for residual in (False, True)]
+
+
+def gate_decorator(scale: Scale) -> list[dict[str, Any]]:
+    """A Tock is a tenth of the steps, the five Ticks behind it are half of one; after seven tenths only tuning."""
+    pace = {"end": 0.7, "tock_steps": scale.steps // 10, "tick_steps": max(1, scale.steps // 100), "ticks_per_tock": 5}
+    constant = {"lr_scheduler_type": "constant"}
+    return [{"config": {**pace, "residual": residual}, "training": constant} for residual in (False, True)]
+
+
+TRIALS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
+    "uniform L1": lambda scale: l1(scope="per_group"),
+    "global L1": lambda scale: l1(scope="global"),
+    "random": lambda scale: l1(scope="per_group", score="random")[:1],
+    "resrep": resrep,
+    "gate_decorator": gate_decorator,
+    "dmcp": lambda scale: [{"config": {"begin": 0.1, "end": 0.5, "alpha_lr": 5.0}}],
+    "play_and_prune": lambda scale: [
+        {"config": {"iteration_steps": max(1, scale.steps // 30), "lasso_weight": 1e-3, "end": 0.7}}
+    ],
+}
+"""Row -> settings to choose from: fields of the config, and of the training arguments. Rows that are not here have
+their config's defaults, with and without the residual streams, and `EARLY` where the method could do without training.
+"""
+
+
+def rows() -> dict[str, str | None]:
+    """Name of each row of the table that trains after pruning or while it prunes -> its method."""
+    table: dict[str, str | None] = {"tuned": None, "uniform L1": "magnitude", "global L1": "magnitude"}
+    table |= {"random": "magnitude", "Torch-Pruning": None}
+    return table | {name: name for name in methods.METHODS if name != "magnitude" and has_channel_goal(name)}
+
+
+def has_channel_goal(method: str) -> bool:
+    return "target_flops" in methods.load(method).GOALS
+
+
+def trials(row: str, scale: Scale) -> list[dict[str, Any]]:
+    if row in TRIALS:
+        return TRIALS[row](scale)
+    method = rows()[row]
+    if method is None:
+        return [{}]
+    early = {} if methods.load(method).NEEDS_TRAINING else EARLY
+    return [{"config": {**early, "include": "inner"}}, {"config": early}]
+
+
+def pruning(cell: Cell) -> PruneConfig:
+    """The config of the cell's method, with its goal."""
+    setting = json.loads(cell["setting"]).get("config", {})
+    include = {"include": TASKS[cell["task"]].inner} if setting.get("include") == "inner" else {}
+    guarded = cell["row"] == "play_and_prune"
+    goal = {"max_metric_drop": TOLERANCE / 100} if guarded else {"target_flops": cell["goal"]}
+    config = methods.load(cell["row"] if guarded else str(rows()[cell["row"]])).Config
+    return config(**{**setting, **include, **goal, "seed": cell["seed"]})
+
+
+def train_cell(cell: Cell) -> dict[str, Any]:
+    """Train or prune one model; returns accuracy in percent, multiply-adds kept, widths and processor seconds."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    tensors = torch.load(pixels_path(cell), weights_only=True)
+    data = {split: Pixels(**each, mirrored=split == "train") for split, each in tensors.items()}
+    example = {"pixel_values": data["validation"].images[:2]}
+    set_seed(cell["seed"])
+    try:
+        trainer = make_trainer(cell, data, example)
+        begin = time.process_time()
+        trainer.train()
+        seconds = time.process_time() - begin
+    except (PruneError, ImportError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+    if cell["row"] == "dense":
+        trainer.save_model(str(dense_folder(cell)))
+    dense_price = trace(TASKS[cell["task"]].build(), example).price().multiply_adds
+    report = getattr(trainer, "report", None)
+    return {
+        "multiply_adds": trace(trainer.model.eval(), example).price().multiply_adds / dense_price,
+        "seconds": round(seconds, 1),
+        **{split: 100.0 * trainer.predict(data[split]).metrics["test_accuracy"] for split in ("validation", "test")},
+        **({"widths": {name: f"{w['kept']}/{w['units']}" for name, w in report.layers.items()}} if report else {}),
+        **({"run": report.run} if report and report.run else {}),
+    }
+
+
+def make_trainer(cell: Cell, data: dict[str, Pixels], example: dict[str, Tensor]) -> Trainer:
+    dense = cell["row"] == "dense"
+    training = {
+        "max_steps": cell["steps"],
+        "learning_rate": 3e-3 if dense and cell["task"] == "fashion" else 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,  # pulls are added after clipping, which would weaken the task against them
+        **({} if dense else json.loads(cell["setting"]).get("training", {})),
+    }
+    common = {
+        "args": TrainingArguments(
+            str(CACHE / "channel_methods" / "run"),
+            per_device_train_batch_size=cell["batch"],
+            per_device_eval_batch_size=250,
+            seed=cell["seed"],
+            save_strategy="no",
+            logging_steps=100,
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **training,
+        ),
+        "train_dataset": data["train"],
+        "eval_dataset": data["validation"],
+        "data_collator": whole,
+        "compute_metrics": compute_metrics_for("accuracy"),
+    }
+    model = TASKS[cell["task"]].build() if dense else reopen(cell)
+    if cell["row"] == "Torch-Pruning":
+        prune_by_torch_pruning(model, example["pixel_values"], cell["goal"])
+    if cell["row"] in ("dense", "tuned", "Torch-Pruning"):
+        return Trainer(model=model, **common)
+    return PruneTrainer(model=model, **common, pruning=pruning(cell))
+
+
+def reopen(cell: Cell) -> PreTrainedModel:
+    model = type(TASKS[cell["task"]].build()).from_pretrained(dense_folder(cell))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # transformers' MobileNetV2 has 0.997, by which the last batch alone would count
+    return model
+
+
+def prune_by_torch_pruning(model: nn.Module, images: Tensor, goal: float) -> None:
+    """The same fraction of every group by mean L1 norm, the smallest at which the goal is met within a percent."""
+    import torch_pruning as tp
+
+    def pruned(net: nn.Module, fraction: float) -> nn.Module:
+        head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
+        importance = tp.importance.MagnitudeImportance(p=1)
+        tp.pruner.MagnitudePruner(net, images, importance, pruning_ratio=fraction, ignored_layers=head).step()
+        return net
+
+    def price(net: nn.Module) -> float:
+        return trace(net.eval(), {"pixel_values": images}).price().multiply_adds
+
+    dense, low, high = price(model), 0.0, 1.0 - goal / 2
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if price(pruned(copy.deepcopy(model), middle)) <= goal * dense else (middle, high)
+    pruned(model, high)
+
+
+def pixels_path(size: dict[str, Any]) -> Path:
+    return CACHE / "channel_methods" / f"{size['task']}-{size['rows']}.pt"
+
+
+def dense_folder(cell: Cell) -> Path:
+    return CACHE / "channel_methods" / f"{cell['task']}-{cell['rows']}-dense"
+
+
+def dense_cell(task: str, quick: bool) -> Cell:
+    size = size_of(task, quick)
+    return {"task": task, "row": "dense", "seed": 0, "rows": size["rows"], "batch": 64, "steps": size["dense_steps"]}
+
+
+def size_of(task: str, quick: bool) -> dict[str, Any]:
+    return TASKS[task].quick if quick else TASKS[task].full
+
+
+def row_cell(task: str, row: str, goal: float, seed: int, trial: dict[str, Any], quick: bool) -> Cell:
+    size = {key: value for key, value in size_of(task, quick).items() if key != "dense_steps"}
+    return {"task": task, "row": row, "goal": goal, "seed": seed, **size, "setting": json.dumps(trial, sort_keys=True)}
+
+
+def trial_cells(row: str, quick: bool) -> list[Cell]:
+    """The cells among which a row's setting is chosen."""
+    size = size_of("fashion", quick)
+    settings = trials(row, Scale(size["steps"], TASKS["fashion"].units))
+    return [row_cell("fashion", row, 0.5, 0, setting, quick) for setting in settings]
+
+
+def chosen(store: Store, row: str, quick: bool) -> int:
+    """Which of the row's settings has the highest validation accuracy; of equal ones the first."""
+    cells = trial_cells(row, quick)
+    return int(np.argmax([store[cell].get("validation", -1.0) for cell in cells])) if len(cells) > 1 else 0
+
+
+def row_cells(store: Store, task: str, row: str, goal: float, quick: bool) -> list[Cell]:
+    """One cell a seed, with the setting that was chosen."""
+    seeds = (0,) if quick else TASKS[task].goals[goal]
+    setting = trials(row, Scale(size_of(task, quick)["steps"], TASKS[task].units))[chosen(store, row, quick)]
+    return [row_cell(task, row, goal, seed, setting, quick) for seed in seeds]
+
+
+def guarded_cells(quick: bool) -> list[Cell]:
+    size = size_of("fashion", quick)
+    (setting,) = trials("play_and_prune", Scale(size["steps"], TASKS["fashion"].units))
+    seeds = range(2 if quick else GUARDED_RUNS)
+    return [row_cell("fashion", "play_and_prune", TOLERANCE, seed, setting, quick) for seed in seeds]
+
+
+def summarise(store: Store, quick: bool) -> dict[str, Any]:
+    """The tables' numbers, from finished cells alone; what is not there yet is left out."""
+    tables = {
+        f"{task} {goal}": table(store, task, goal, quick)
+        for task in TASKS
+        for goal in TASKS[task].goals
+        if dense_cell(task, quick) in store and not (quick and goal != 0.5)
+    }
+    guarded = [store[cell] for cell in guarded_cells(quick) if cell in store]
+    summary = {"tables": tables, "sizes": {task: size_of(task, quick) for task in TASKS}}
+    if guarded and dense_cell("fashion", quick) in store:
+        summary["play_and_prune"] = guard(guarded, store[dense_cell("fashion", quick)])
+    return summary | {"bars": dict(bars(summary))}
+
+
+def table(store: Store, task: str, goal: float, quick: bool) -> dict[str, dict[str, Any]]:
+    dense = store[dense_cell(task, quick)]
+    result: dict[str, dict[str, Any]] = {"dense": {"test": spread([dense["test"]]), "multiply_adds": spread([1.0])}}
+    for row in rows():
+        if not all(cell in store for cell in trial_cells(row, quick)):
+            continue
+        done = [store[cell] for cell in row_cells(store, task, row, goal, quick) if cell in store]
+        result[row] = row_of(done, dense["test"])
+        failed = [each["failed"] for each in done if "failed" in each]
+        if failed:
+            result[row]["failed"] = failed[0]
+    tuned = result.get("tuned", {}).get("seconds")
+    for each in result.values():
+        if tuned and each.get("seconds"):
+            each["overhead"] = each["seconds"]["mean"] / tuned["mean"]
+    return result
+
+
+def row_of(done: Sequence[dict[str, Any]], dense: float) -> dict[str, Any]:
+    done = [each for each in done if "failed" not in each]
+    return {
+        "test": spread([each["test"] for each in done]),
+        "change": spread([each["test"] - dense for each in done]),
+        "multiply_adds": spread([each["multiply_adds"] for each in done]),
+        "seconds": spread([each["seconds"] for each in done]),
+    }
+
+
+def guard(done: Sequence[dict[str, Any]], dense: dict[str, Any]) -> dict[str, Any]:
+    """How Play and Prune kept its tolerance, judged on the test rows that it never saw."""
+    kept = [each["test"] >= dense["test"] - TOLERANCE for each in done if "failed" not in each]
+    return {"runs": len(done), "kept": sum(kept), **row_of(done, dense["test"])}
+
+
+def bars(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the methods should reach on Fashion-MNIST at half of the multiply-adds, and whether they do."""
+    found = summary["tables"].get("fashion 0.5", {})
+    uniform = (found.get("uniform L1", {}).get("test") or {}).get("mean")
+    if found and uniform is not None:
+        yield "dense at least 92 %", verdict(found["dense"]["test"]["mean"] - 92.0)
+        for row, method in rows().items():
+            value = found.get(row, {}).get("test")
+            if method == row and value:
+                yield f"{row} at least uniform L1 - {BELOW_UNIFORM}", verdict(value["mean"] - uniform + BELOW_UNIFORM)
+        change = found.get("resrep", {}).get("change")
+        if change:
+            yield f"resrep loses at most {RESREP_LOSS}", verdict(change["mean"] + RESREP_LOSS)
+    guarded = summary.get("play_and_prune")
+    if guarded:
+        needed = GUARDED_KEPT / GUARDED_RUNS * guarded["runs"]
+        yield (
+            f"play_and_prune within {TOLERANCE} in {GUARDED_KEPT} of {GUARDED_RUNS}",
+            verdict(guarded["kept"] - needed),
+        )
+
+
+def verdict(margin: float) -> str:
+    return f"{'met' if margin >= -1e-9 else 'MISSED'} by {abs(margin):.2f}"
+
+
+def print_tables(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=120)
+    for name, found in summary["tables"].items():
+        shown = Table("model", "multiply-adds kept", "test accuracy, %", "change, points", "step time", title=name)
+        for row, values in found.items():
+            if "failed" in values:
+                shown.add_row(row, "-", values["failed"][:60], "-", "-")
+                continue
+            columns = [spread_text(values.get(k), d) for k, d in (("multiply_adds", 3), ("test", 2), ("change", 2))]
+            shown.add_row(row, *columns, f"{values['overhead']:.2f}" if "overhead" in values else "-")
+        task = name.split()[0]
+        console.print(shown, f"one dense model, steps and rows: {summary['sizes'][task]}")
+    if "play_and_prune" in summary:
+        guarded = summary["play_and_prune"]
+        console.print(
+            f"play_and_prune, tolerance {TOLERANCE}: kept in {guarded['kept']} of {guarded['runs']} runs, change "
+            f"{spread_text(guarded['change'], 2)}, multiply-adds kept {spread_text(guarded['multiply_adds'], 3)}"
+        )
+    for name, value in summary["bars"].items():
+        console.print(f"{name}: {value}")
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy over multiply-adds, one panel a task."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = [task for task in TASKS if any(name.startswith(task) for name in summary["tables"])]
+    if not tasks:
+        return
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(7 * len(tasks), 5), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        found = [each for name, each in summary["tables"].items() if name.startswith(task)]
+        panel.axhline(found[0]["dense"]["test"]["mean"], color="grey", linestyle=":", label="dense")
+        for place, row in enumerate(name for name in rows() if name != "tuned"):
+            points = [each[row] for each in found if each.get(row, {}).get("test")]
+            if points:
+                panel.errorbar(
+                    [point["multiply_adds"]["mean"] for point in points],
+                    [point["test"]["mean"] for point in points],
+                    yerr=[point["test"]["std"] for point in points],
+                    marker="os^vDP*X"[place % 8], color=f"C{place % 10}", linewidth=1, capsize=2, label=row,
+                )  # fmt: skip
+        if task == "fashion" and summary.get("play_and_prune", {}).get("test"):
+            guarded = summary["play_and_prune"]
+            panel.plot(guarded["multiply_adds"]["mean"], guarded["test"]["mean"], "kh", label="play_and_prune")
+        panel.set(title=task, xlabel="multiply-adds kept", ylabel="test accuracy, %")
+        panel.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def tasks_at_hand(quick: bool) -> list[str]:
+    """Tasks whose images, which are decoded, and pretrained model are installed."""
+    found = []
+    for task in TASKS:
+        try:
+            decode(TASKS[task].load, size_of(task, quick)["rows"], pixels_path(dense_cell(task, quick)))
+            TASKS[task].build()
+            found.append(task)
+        except MissingPackage as missing:
+            print(f"{task} is left out: {missing}", flush=True)
+    return found
+
+
+def run_all(store: Store, quick: bool, workers: int) -> None:
+    tasks = tasks_at_hand(quick)
+    dense = [dense_cell(task, quick) for task in tasks]
+    for cell in dense:
+        if not dense_folder(cell).exists():
+            store.forget(cell)
+    run(dense, train_cell, store, workers)
+    run([cell for row in rows() for cell in trial_cells(row, quick)], train_cell, store, workers)
+    run(guarded_cells(quick), train_cell, store, workers)
+    for task in tasks:
+        for goal in (0.5,) if quick else TASKS[task].goals:
+            run([c for row in rows() for c in row_cells(store, task, row, goal, quick)], train_cell, store, workers)
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
+    store = open_store("channel_methods", options.quick)
+    if not options.table:
+        run_all(store, options.quick, options.workers)
+    summary = summarise(store, options.quick)
+    store.write(summary=summary)
+    print_tables(summary)
+    draw(summary, (CACHE if options.quick else RESULTS) / "channel_methods.png")
+
+
+if __name__ == "__main__":
+    main()
