@@ -299,8 +299,8 @@ def _percent(probabilities: Tensor, test: dict[str, Tensor]) -> float:
 def test_restarts_beat_a_small_rate_and_the_ensemble_teaches_more(tmp_path: Path) -> None:
     """Five rounds to 7.8 % of the weights, 20 epochs each; means of three seeds.
 
-    Snapshots differ under either rate. That restarts make them differ more, the paper's explanation, does not show here:
-    under the small rate they come apart because they get worse.
+    Snapshots differ under either rate. That restarts make them differ more, the paper's explanation, does not show
+    here: under the small rate they come apart because they get worse.
     """
     figures: dict[str, list[float]] = {}
     for seed in range(3):
