@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_cli import cli
 from tiny_files import save_image_model, save_reviews, save_text_model
 
@@ -21,6 +24,18 @@ from hf_prune.cli.tasks import Reading, batches_for
 from hf_prune.graph import example_inputs
 from hf_prune.report import sensitivity
 from hf_prune.report.reading import read_report
+
+HEAVY = ("torch", "transformers", "datasets", "rich", "matplotlib")
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = f"import sys, hf_prune.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+    root = Path(hf_prune.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "[]"
+    listed = cli("--help").out
+    assert all(name in listed for name in ("train", "prune", "inspect", "bench", "report", "doctor", "methods", "push"))
+    assert cli("--version").out.strip() == hf_prune.__version__
 
 
 def test_methods_lists_them_all() -> None:
@@ -79,6 +94,23 @@ def test_inspect_says_where_shrinking_is_not_exact(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("hf_prune.graph.verify.mask", lambda model, graph, plan: None)  # masks nothing
     done = cli("inspect", save_image_model(tmp_path / "model"), "--check", "--plans", 1)
     assert done.code == 1 and "NOT exact" in done.out
+
+
+def test_diagnosis_names_a_layer_that_magnitude_would_remove(tmp_path: Path) -> None:
+    folder, data = save_text_model(tmp_path / "model"), save_reviews(tmp_path / "reviews.csv")
+    model = load_pretrained(folder)
+    block = model.bert.encoder.layer[0].attention
+    with torch.no_grad():
+        block.self.value.weight *= 100
+        block.self.value.bias *= 100
+        block.output.dense.weight /= 100
+    model.save_pretrained(folder)
+    words = ["inspect", folder, "--diagnose", "-d", data, "--rows", 8]
+    found = {each["layer"]: each for each in cli(*words, "--json").result["diagnosis"]}
+    scaled_down = found["bert.encoder.layer.0.attention.output.dense"]
+    assert scaled_down["kept_by_magnitude"] == 0.0 < scaled_down["kept_by_fisher"]
+    assert "would remove" in scaled_down["warning"]
+    assert cli(*words).code == 0
 
 
 def test_sensitivity_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,4 +177,4 @@ def test_bench_measures_models_in_turn_and_notes_it_for_the_card(tmp_path: Path)
     assert all(row["speedup"] == 1.0 for row in times if row["model"] == dense)
     latency = read_report(pruned).latency
     assert latency["kept"] == {name: times[1][name] for name in ("median_ms", "low_ms", "high_ms")}
-    assert "1 threads, plain, batch 3" in latency["machine"]
+    assert "1 threads, plain, pixel_values 3 x 3 x 16 x 16" in latency["machine"]

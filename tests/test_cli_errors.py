@@ -114,6 +114,7 @@ CASES = {
     # what is there already
     "inspect {none}": (BAD, "no model can be loaded from"),
     "inspect {text} --sensitivity": (USAGE, "name them with --data"),
+    "inspect {text} --diagnose": (USAGE, "--diagnose needs labelled rows"),
     "inspect {text} --sensitivity -d {pictures}": (BAD, ""),
     "inspect {text} --check --plans 0": (USAGE, "--plans"),
     "inspect {image} --sensitivity -d {reviews}": (BAD, "the model tells 3 classes apart"),

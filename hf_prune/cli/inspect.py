@@ -1,4 +1,4 @@
-"""`hf-prune inspect`: the dimension groups of a model, whether shrinking is exact, and which groups it can spare."""
+"""`hf-prune inspect`: a model's groups, whether shrinking is exact, what it can spare, where magnitude misleads."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def inspect(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Loss on --data with 10 to 90 % of each group removed.")
     ] = False,
+    diagnose: Annotated[
+        bool,
+        typer.Option("--diagnose", help="Layers whose weights magnitude would choose badly, by the loss on --data."),
+    ] = False,
+    sparsity: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of weights that --diagnose removes.")
+    ] = 0.9,
     data: DataToMeasure = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows of --data to measure the loss on.")] = 128,
     label_column: LabelColumn = None,
@@ -47,8 +54,9 @@ def inspect(
     from hf_prune.cli.data import Source
     from hf_prune.graph import example_inputs, trace
 
-    if sensitivity and data is None:
-        raise typer.BadParameter("--sensitivity needs labelled rows: name them with --data.")
+    if (sensitivity or diagnose) and data is None:
+        needing = "--sensitivity" if sensitivity else "--diagnose"
+        raise typer.BadParameter(f"{needing} needs labelled rows: name them with --data.")
     loaded = load_pretrained(model).eval()
     graph = trace(loaded, example_inputs(loaded))
     groups = [*graph.groups.values(), *graph.frozen.values()]
@@ -57,9 +65,12 @@ def inspect(
     if check:
         result["check"] = _check(loaded, graph, plans)
         shown.append(f"Shrinking is {_exactness(result['check'])}.")
+    source, columns = Source(str(data), subset=subset, label_column=label_column, rows=rows), tuple(input_column or ())
+    if diagnose:
+        result["diagnosis"] = _diagnosis(model, loaded, source, columns, sparsity)
+        shown.append(_diagnosis_table(result["diagnosis"], sparsity))
     if sensitivity:
-        source = Source(str(data), subset=subset, label_column=label_column, rows=rows)
-        result["sensitivity"] = _sensitivity(model, loaded, graph, source, tuple(input_column or ()), plot)
+        result["sensitivity"] = _sensitivity(model, loaded, graph, source, columns, plot)
         shown.append(_sensitivity_table(result["sensitivity"]))
         shown.append(f"Written: {plot}")
     show(result, *shown, as_json=as_json)
@@ -127,6 +138,35 @@ def _exactness(check: dict[str, Any]) -> str:
         f"{what}: outputs differ by {check['difference']:.1e} of the largest, over {check['plans']} random plans of "
         f"{check['groups']} groups ({check['normalised']} normalised ones left out)"
     )
+
+
+def _diagnosis(
+    name: str, model: PreTrainedModel, source: Source, columns: tuple[str, ...], sparsity: float
+) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from hf_prune.cli.tasks import Reading, batches_for
+    from hf_prune.methods.weight_importance import diagnose
+
+    batches = [dict(batch) for batch in batches_for(name, model, source, Reading(columns))]
+    found = diagnose(model, batches, sparsity=sparsity, batches=len(batches))
+    return [{**asdict(each), "warning": each.warning} for each in found]
+
+
+def _diagnosis_table(found: list[dict[str, Any]], sparsity: float) -> Any:
+    columns = ("layer", "by magnitude", "by Fisher", "correlation", "loss without", "")
+    cells = [
+        (
+            each["layer"],
+            f"{each['kept_by_magnitude']:.1%}",
+            f"{each['kept_by_fisher']:.1%}",
+            f"{each['correlation']:.2f}",
+            f"{each['natural']:+.3f}",
+            each["warning"] or "",
+        )
+        for each in found
+    ]
+    return table(columns, cells, f"What stays of each layer with {sparsity:.0%} of all weights removed")
 
 
 def _sensitivity(

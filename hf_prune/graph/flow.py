@@ -20,8 +20,8 @@ from hf_prune.graph.traced_int import Expression, holds_attribute
 FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
 """Operations through which a tensor of the model is still the weight of a contraction."""
 
-EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat")
-"""Operations that cut off or add nothing where a size happens to be zero."""
+EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat", "expand", "to", "contiguous")
+"""Operations that do the same, or nothing, where a size happens to be zero."""
 
 
 class Flow:

@@ -15,6 +15,7 @@ from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
 from hf_prune.graph.trace import distinct_tensors
+from hf_prune.graph.traced_int import Attribute
 from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
 from hf_prune.types import Plan, ShapeTable
 
@@ -99,4 +100,20 @@ def _attributes(model: nn.Module, graph: Graph, cut: Kept, kept: Kept) -> dict[s
             items = list(own.get(attribute.name, getattr(holder, name)))
             items[attribute.index] = count
             own[attribute.name] = tuple(items)
+    _keep_apart(values, graph)
     return values
+
+
+def _keep_apart(values: dict[str, dict[str, Size]], graph: Graph) -> None:
+    """Where code asks whether two attributes differ, keep one that is used for nothing else different and in order.
+
+    Such an attribute is the size of something whose new size it does not tell, and might meet the other by chance.
+    """
+    for pair in graph.flow.trace.uses.unequal:
+        for idle, other in (pair, pair[::-1]):
+            if not (isinstance(idle, Attribute) and isinstance(other, Attribute)) or idle.index is not None:
+                continue
+            met = values.get(other.module, {}).get(other.name) == idle.value
+            if met and idle not in graph.flow.equations.attributes:
+                step = 1 if idle.value > other.value else -1
+                values.setdefault(idle.module, {})[idle.name] = idle.value + step

@@ -88,12 +88,12 @@ def unit_scores(
     """`E[(sum over the unit's weights of g theta)^2] / 2`, `(units,)`; over those that read it, if there are any."""
     own = {each.name: [t for t in each.tensors if t not in each.producers] or each.producers for each in units}
     tensors = sorted({tensor for names in own.values() for tensor in names})
-    means = {each.name: RunningMean(lambda square: (square, 1)) for each in units}
+    means = {each.name: RunningMean() for each in units}
     for gradients in example_gradients(model, batches, tensors, sampled=sampled, seed=seed):
         moved = {name: grad * dense_parameter(model, name).detach() for name, grad in gradients.items()}
         for each in units:
             total = sum(each.view(moved[tensor], tensor).sum(1) for tensor in own[each.name])
-            means[each.name].update(torch.as_tensor(total).square() / 2)
+            means[each.name].add(torch.as_tensor(total).square() / 2, 1)
     return {name: mean.result() for name, mean in means.items()}
 
 

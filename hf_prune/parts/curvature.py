@@ -75,7 +75,7 @@ def curvature(
     """h of every weight, in a shape that broadcasts to the weight's; double precision."""
     if source == "covariance":
         return _input_moments(model, batches, tensors)
-    means = {name: RunningMean(lambda square: (square, 1)) for name in tensors}
+    means = {name: RunningMean() for name in tensors}
     if source == "hessian":
         found = _sketched_hessian(model, batches, tensors, seed)
     else:
@@ -83,7 +83,7 @@ def curvature(
         found = ({name: grad.float().square() for name, grad in each.items()} for each in gradients)
     for each in found:
         for name, value in each.items():
-            means[name].update(value)
+            means[name].add(value, 1)
     return {name: mean.result() for name, mean in means.items()}
 
 
@@ -150,8 +150,8 @@ def natural(
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    mean = RunningMean(lambda loss: (loss[0] * loss[1], int(loss[1])))
+    mean = RunningMean()
     for batch in batches:
         rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-        mean.update(torch.stack([_loss(model, batch).double(), torch.tensor(rows).double()]))
+        mean.add(_loss(model, batch) * rows, rows)
     return float(mean.result())

@@ -84,14 +84,18 @@ class Point:
 class RunningMean:
     """Mean of what a reducer makes of every observation so far, over all processes in the end."""
 
-    def __init__(self, reduce: Reducer) -> None:
+    def __init__(self, reduce: Reducer | None = None) -> None:
         self.reduce = reduce
         self.total: Tensor | None = None
         self.count = 0
 
     def update(self, observed: Tensor) -> None:
         """Add the observations of one batch."""
-        total, count = self.reduce(observed.detach())
+        assert self.reduce is not None
+        self.add(*self.reduce(observed.detach()))
+
+    def add(self, total: Tensor, count: int) -> None:
+        """Add the sum of `count` observations."""
         total = total.to(widest(total.device))
         self.total = total if self.total is None else self.total + total
         self.count += count
@@ -184,6 +188,19 @@ def second_moment(observed: Tensor) -> tuple[Tensor, int]:
     """Mean square of each channel, `(C,)`."""
     flat = rows(observed)
     return flat.square().sum(0, dtype=widest(flat.device)), len(flat)
+
+
+def first_moments(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean and mean square of each channel, `(2, C)`; `mean_and_variance` takes them apart."""
+    flat = rows(observed)
+    flat = flat.to(widest(flat.device))
+    return torch.stack([flat.sum(0), flat.square().sum(0)]), len(flat)
+
+
+def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """`(C,)` each from what `first_moments` gathered."""
+    means, squares = moments
+    return means, (squares - means.square()).clamp(min=0.0)
 
 
 def active(observed: Tensor) -> tuple[Tensor, int]:
