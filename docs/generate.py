@@ -34,7 +34,7 @@ def methods() -> str:
     rows = [
         (
             f"`{row['method']}`",
-            row["summary"].partition(": ")[2].rpartition(" (")[0] or row["summary"].partition(": ")[2],
+            row["idea"],
             _link(row),
             ", ".join(f"`{goal}`" for goal in row["goals"]),
             "yes" if row["needs_training"] else "no",

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_prune import DistillConfig, MovementConfig, PruneTrainer, metrics
+from hf_prune.cli.bench import bench
 from hf_prune.demo_data import load_movie_sentiment, minilm_path
 from hf_prune.report.card import About, write_card
 
@@ -101,12 +102,14 @@ def prune(name, teacher, **variant):
 
 
 def write_model_card(name, trainer):
-    """Score the finished model, which fills its report, and write the card that a push would."""
+    """Score the finished model and time it, which fills its report, and write the card that a push would."""
+    folder = options.output / name / "model"
     trainer.evaluate()
     trainer.predict(data["test"])
-    trainer.save_model(str(options.output / name / "model"))
+    trainer.save_model(str(folder))
+    bench([str(options.output / "dense" / "model"), str(folder)], save=True)
     about = About(name=f"minilm-movie-{name}", base_model=BASE, language=("en",))
-    write_card(options.output / name / "model", about, to=options.cards / f"{about.name}.md")
+    write_card(folder, about, to=options.cards / f"{about.name}.md")
 
 
 table = Table("model", "removed", options.metric, "file, MB", "seconds", title="Movie sentiment, test rows")

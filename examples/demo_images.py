@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 import hf_prune
 from hf_prune import MagnitudeConfig, PruneTrainer, metrics
+from hf_prune.cli.bench import bench
 from hf_prune.demo_data import load_fashion_mnist
 from hf_prune.graph import trace
 from hf_prune.report.card import About, write_card
@@ -92,12 +93,14 @@ def run(name, trainer):
 
 
 def write_model_card(name, trainer):
-    """Score the finished model, which fills its report, and write the card that a push would."""
+    """Score the finished model and time it, which fills its report, and write the card that a push would."""
+    folder = options.output / name / "model"
     trainer.evaluate()
     trainer.predict(data["test"])
-    trainer.save_model(str(options.output / name / "model"))
+    trainer.save_model(str(folder))
+    bench([str(options.output / "dense" / "model"), str(folder)], image_size=28, save=True)
     about = About(name=f"resnet-fashion-{name.replace(' ', '-').lower()}")
-    write_card(options.output / name / "model", about, to=options.cards / f"{about.name}.md")
+    write_card(folder, about, to=options.cards / f"{about.name}.md")
 
 
 set_seed(0)

@@ -17,6 +17,7 @@ from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.narrowing import Narrowing
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
+from hf_prune.parts.budgets import CORRECTIONS
 from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
 from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
@@ -230,8 +231,11 @@ class Pruner:
         self._cuts = self._cuts if step > self._step else 0
         self._step, self._progress = step, step / total_steps
         if recipe.selection is not None and not self._fixed:
-            self._select(recipe.schedule(self._progress) if recipe.schedule else self._progress)
-            self._fixed = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
+            share = recipe.schedule(self._progress) if recipe.schedule else self._progress
+            self._select(share)
+            measured = self.config.goal is not None and self.config.goal.name in CORRECTIONS
+            ended = recipe.fixed_from is not None and self._progress >= recipe.fixed_from
+            self._fixed = ended or (measured and share >= 1.0)  # what was measured is what must stay
         if recipe.controller is not None:
             own = {"step": step, "total_steps": total_steps, "progress": self._progress, "sparsity": self.sparsity}
             self.observe(own)

@@ -153,15 +153,17 @@ class HubServer:
         return commit
 
 
+PARTS = {"repo": r"[\w.-]+/[\w.-]+", "rev": "[^/]+", "path": ".+", "oid": "[0-9a-f]{64}", "number": r"\d+"}
+"""Name in an address -> what it may be; revisions and paths are quoted."""
+
 Route = Callable[["_Handler", dict[str, str]], None]
 ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
-    """Register a handler; in `pattern`, `{repo}` is owner/name, `{rev}` a quoted revision, `{rest}` the end."""
-    parts = {"{repo}": r"(?P<repo>[\w.-]+/[\w.-]+)", "{rev}": r"(?P<rev>[^/]+)", "{rest}": r"(?P<rest>.+)"}
-    for name, part in parts.items():
-        pattern = pattern.replace(name, part)
+    """Register a handler of the addresses that `pattern` describes with the names in `PARTS`."""
+    for name, part in PARTS.items():
+        pattern = pattern.replace(f"{{{name}}}", f"(?P<{name}>{part})")
 
     def register(function: Route) -> Route:
         ROUTES.append((method, re.compile(pattern), function))
@@ -324,22 +326,22 @@ def _upload_actions(hub: HubServer, wanted: dict[str, Any]) -> dict[str, Any]:
     return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": {"href": f"{hub.url}/lfs-verify"}}}
 
 
-@route("PUT", "/lfs/{rev}")
+@route("PUT", "/lfs/{oid}")
 def _put(ask: _Handler, at: dict[str, str]) -> None:
-    _store(ask.hub, at["rev"], ask.body)
+    _store(ask.hub, at["oid"], ask.body)
     ask.reply(b"")
 
 
-@route("PUT", "/lfs-part/{rev}/{rest}")
+@route("PUT", "/lfs-part/{oid}/{number}")
 def _put_part(ask: _Handler, at: dict[str, str]) -> None:
-    ask.hub.parts[at["rev"], int(at["rest"])] = ask.body
+    ask.hub.parts[at["oid"], int(at["number"])] = ask.body
     ask.reply(b"", headers={"ETag": f'"{hashlib.md5(ask.body).hexdigest()}"'})
 
 
-@route("POST", "/lfs-complete/{rev}")
+@route("POST", "/lfs-complete/{oid}")
 def _complete(ask: _Handler, at: dict[str, str]) -> None:
     numbers = [part["partNumber"] for part in ask.json()["parts"]]
-    _store(ask.hub, at["rev"], b"".join(ask.hub.parts.pop((at["rev"], number)) for number in numbers))
+    _store(ask.hub, at["oid"], b"".join(ask.hub.parts.pop((at["oid"], number)) for number in numbers))
     ask.reply({})
 
 
@@ -432,11 +434,11 @@ def _info(ask: _Handler, at: dict[str, str]) -> None:
     ask.reply({"id": repo.name, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": names})
 
 
-@route("GET", "/{repo}/resolve/{rev}/{rest}")
+@route("GET", "/{repo}/resolve/{rev}/{path}")
 def _resolve(ask: _Handler, at: dict[str, str]) -> None:
     commit = ask.commit(at["repo"], at["rev"])
     head = {"X-Repo-Commit": commit.oid}
-    file = commit.files.get(unquote(at["rest"]))
+    file = commit.files.get(unquote(at["path"]))
     if file is None:
         return ask.reply({"error": "Entry not found"}, 404, head | {"X-Error-Code": "EntryNotFound"})
     if not file.large:
@@ -445,14 +447,14 @@ def _resolve(ask: _Handler, at: dict[str, str]) -> None:
     ask.reply(b"", 302, head | linked | {"Location": f"{ask.hub.cdn}/cdn/{file.oid}"})
 
 
-@route("GET", "/cdn/{rev}")
+@route("GET", "/cdn/{oid}")
 def _cdn(ask: _Handler, at: dict[str, str]) -> None:
     if ask.user is not None:
         raise Refusal(400, "only one authentication mechanism is allowed: the token does not belong here")
-    data = ask.hub.large[at["rev"]]
+    data = ask.hub.large[at["oid"]]
     begin = int(re.findall(r"bytes=(\d+)-", ask.headers.get("Range", "bytes=0-"))[0])
     partial = {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
-    ask.reply(data[begin:], 206 if begin else 200, {"ETag": f'"{at["rev"]}"', **partial})
+    ask.reply(data[begin:], 206 if begin else 200, {"ETag": f'"{at["oid"]}"', **partial})
 
 
 def metadata_errors(card: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from digits import accuracy, digits
 from gated_models import MODELS, answer, inputs_of, scramble
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_prune import BWCPConfig, PruneError, Pruner
+from hf_prune.config import Goal
 from hf_prune.graph import trace
 from hf_prune.methods.bwcp import (
     WhitenedNorm,
@@ -22,7 +25,9 @@ from hf_prune.methods.bwcp import (
     soft_mask,
     whitening,
 )
+from hf_prune.parts.budgets import fit_price
 from hf_prune.parts.randomness import generator
+from hf_prune.parts.structures import group_structure
 from hf_prune.testing import tiny_image_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
@@ -231,22 +236,88 @@ def test_dual_ascent_raises_the_penalty_while_the_model_is_too_dear() -> None:
     assert all(later > sooner for sooner, later in pairwise(weights[1:])), weights
 
 
-def _train(model: nn.Module, config: BWCPConfig, steps: int = 300) -> tuple[Pruner, float]:
-    """SGD with a cosine; gives the accuracy of evaluation before channels are cut."""
+class Digits(nn.Module):
+    """Three convolutions with norms whose channels begin active, as those of a longer run have become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 2)):
+            layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            nn.init.constant_(layers[-2].bias, 0.5)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(32, 10)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.head(self.body(pixel_values).mean((2, 3)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _train(model: nn.Module, loss: Callable[..., Tensor], optimizer: Any, after_step: Any, steps: int) -> None:
     data, rows = digits(), torch.Generator().manual_seed(1)
-    pruner = _attached(model.train(), config, {"pixel_values": data[0][:2]})
-    optimizer = pruner.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    pruner.step(0, steps)
+    model.train()
     for step in range(1, steps + 1):
         batch = torch.randint(0, 1200, (64,), generator=rows)
         optimizer.zero_grad()
-        pruner.batch_loss(model, {"pixel_values": data[0][batch], "labels": data[1][batch]}).backward()
+        loss(pixel_values=data[0][batch], labels=data[1][batch]).backward()
         optimizer.step()
         cosine.step()
-        before = accuracy(model, data) if step == steps else 0.0
-        pruner.step(step, steps)
-    return pruner, before
+        after_step(step)
+
+
+def _whitened(weight: float, steps: int) -> tuple[float, float, float]:
+    """Accuracy before and after the cut, and the share of multiply-adds that is left."""
+    model, data = Digits(), digits()
+    config = BWCPConfig(include=("body.*",), lambda1=weight, lambda2=weight, sharpness=200.0)
+    pruner = _attached(model, config, {"pixel_values": data[0][:2]})
+    optimizer = pruner.wrap(torch.optim.AdamW(model.parameters(), lr=3e-3))
+    pruner.step(0, steps)
+
+    def move(step: int) -> None:
+        if step < steps:
+            pruner.step(step, steps)
+
+    _train(model, lambda **batch: pruner.batch_loss(model, batch), optimizer, move, steps)
+    before = accuracy(model, data)
+    pruner.step(steps, steps)
+    graph = pruner.graph.traced
+    kept = graph.price(pruner.plan).multiply_adds / graph.price().multiply_adds
+    pruner.finalize()
+    return before, accuracy(model, data), kept
+
+
+def _slimmed(weight: float, steps: int, kept: float) -> float:
+    """Accuracy after the smallest scales of a net trained under an L1 penalty on them are cut, to that price."""
+    model, data = Digits(), digits()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def loss(**batch: Tensor) -> Tensor:
+        return model(**batch).loss + weight * sum(norm.weight.abs().sum() for norm in norms.values())
+
+    _train(model, loss, optimizer, lambda step: None, steps)
+    graph = trace(model.eval(), {"pixel_values": data[0][:2]})
+    units = [group_structure(group, model) for group in graph.groups.values()]
+    select = fit_price(graph, units, Goal("target_flops", kept), scope="global", min_keep=0.0)
+    plan = select({f"body.{i}": model.body[i + 1].weight.detach().abs() for i in (0, 3, 6)}, 1.0)
+    with torch.no_grad():
+        for name, keep in plan.items():
+            norm = model.body[int(name.removeprefix("body.")) + 1]
+            norm.weight *= keep
+            norm.bias *= keep
+    return accuracy(model, data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_penalty_cuts_and_the_cut_costs_nothing() -> None:
+    before, after, kept = _whitened(0.12, steps=600)
+    assert kept < 0.7 and after > before - 0.5
+    *_, alone = _whitened(0.0, steps=600)
+    assert alone > 0.9, "without penalty next to nothing goes"
+    assert after >= max(_slimmed(weight, 600, kept) for weight in (1e-3, 1e-2))
 
 
 @pytest.mark.parametrize(

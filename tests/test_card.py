@@ -145,9 +145,17 @@ def test_status_and_latency(folder: Path, tmp_path: Path, status: str) -> None:
 def test_names_of_strangers_stay_in_their_cells(folder: Path, tmp_path: Path) -> None:
     report = read_report(folder)
     layers = {"a|b\n# c": {"structure": "<script>", "units": 4, "kept": 2}}
-    hf_prune.save_pretrained(tiny_text_model(), tmp_path / "x", dataclasses.replace(report, layers=layers))
+    hostile = {
+        "layers": layers,
+        "base_model": "x](y)\n# z",
+        "config": {"a": "```\n# q"},
+        "metrics": {"eval_f1": float("nan")},
+    }
+    hf_prune.save_pretrained(tiny_text_model(), tmp_path / "x", dataclasses.replace(report, **hostile))
     text = str(make_card(tmp_path / "x"))
     assert "`a\\|b # c`" in text and "<script>" not in text
+    assert not re.search("^# [zq]", text, re.MULTILINE) and text.count("```") == 6
+    assert ModelCard(text).data.eval_results is None
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +24,18 @@ from hf_prune.cli.tasks import Reading, batches_for
 from hf_prune.graph import example_inputs
 from hf_prune.report import sensitivity
 from hf_prune.report.reading import read_report
+
+HEAVY = ("torch", "transformers", "datasets", "rich", "matplotlib")
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = f"import sys, hf_prune.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+    root = Path(hf_prune.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "[]"
+    listed = cli("--help").out
+    assert all(name in listed for name in ("train", "prune", "inspect", "bench", "report", "doctor", "methods", "push"))
+    assert cli("--version").out.strip() == hf_prune.__version__
 
 
 def test_methods_lists_them_all() -> None:
@@ -163,4 +177,4 @@ def test_bench_measures_models_in_turn_and_notes_it_for_the_card(tmp_path: Path)
     assert all(row["speedup"] == 1.0 for row in times if row["model"] == dense)
     latency = read_report(pruned).latency
     assert latency["kept"] == {name: times[1][name] for name in ("median_ms", "low_ms", "high_ms")}
-    assert "1 threads, plain, batch 3" in latency["machine"]
+    assert "1 threads, plain, pixel_values 3 x 3 x 16 x 16" in latency["machine"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,19 +39,6 @@ REPORT = Report(
 )  # fmt: skip
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process's client is connected to, with a token and without waiting between retries."""
-    with HubServer(part_bytes=20_000) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(time, "sleep", lambda _: None)
-        yield server
-
-
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1, "bad": 2, "film": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -71,6 +57,33 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def commits(hub: HubServer, branch: str = "main") -> list[str]:
     """Messages after the Hub's own first commit."""
     return [commit.message for commit in hub.repos[REPO].branches[branch][1:]] if REPO in hub.repos else []
+
+
+# The server itself
+
+
+def test_the_server_answers_as_a_hub_does(hub: HubServer, tmp_path: Path) -> None:
+    api = HfApi()
+    assert api.whoami()["name"] == "someone" and not api.repo_exists(REPO)
+    api.create_repo("pruned")
+    for token, status in ((None, 409), ("wrong", 401)):
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as error:
+            HfApi(token=token).create_repo(REPO)
+        assert error.value.response.status_code == status
+    folder = saved(tmp_path / "a")
+    first = api.upload_folder(repo_id=REPO, folder_path=folder)
+    api.create_tag(REPO, tag="v1")
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"{}", path_in_repo="config.json")
+    assert [each.name for each in api.list_repo_refs(REPO).tags] == ["v1"] and api.repo_info(
+        REPO, revision="v1"
+    ).sha == first.oid
+    assert {file.path: file.size for file in api.list_repo_tree(REPO, revision="v1")} == {
+        ".gitattributes": 25, **{name: len(data) for name, data in files_in(folder).items()}
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"---\ntags: 1\n---\n", path_in_repo="README.md")
+    with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
+        api.repo_info(REPO, revision="v2")
 
 
 # What arrives
@@ -266,7 +279,14 @@ def test_damaged_folders_are_not_pushed(hub: HubServer, tmp_path: Path) -> None:
         (folder / name).unlink()
         with pytest.raises(PruneError, match=r"save_pretrained\(model, folder, report=report\)"):
             push_folder(folder, REPO)
+        (folder / name).write_bytes(b"[")
+        with pytest.raises(CheckpointError, match=r"cannot be read as JSON|no whole safetensors"):
+            push_folder(folder, REPO)
         (folder / name).write_bytes(good)
+    saved(folder, encode="none", max_shard_size="40KB")
+    next(folder.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"names model-00002.*, which the folder lacks"):
+        push_folder(folder, REPO)
     assert hub.requests == []
 
 
@@ -359,9 +379,10 @@ def trainer(folder: Path, **settings: Any) -> PruneTrainer:
     )  # fmt: skip
 
 
-def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
-    run = trainer(tmp_path / "out", push_to_hub=True)
+def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun = trainer(tmp_path / "out", push_to_hub=True), []
     assert REPO in hub.repos and commits(hub) == []
+    monkeypatch.setattr(run.callback_handler, "on_push_begin", lambda *_: begun.append(len(commits(hub))))
     run.train()
     arrived = hub.files(REPO)
     card = arrived.pop("README.md").decode()
@@ -377,17 +398,22 @@ def test_training_ends_with_a_push(hub: HubServer, tmp_path: Path) -> None:
     run.push_to_hub(commit_message="With scores", dataset_tags="someone/rows", language="en", tags=["mine"])
     card = hub.files(REPO)["README.md"].decode()
     data = ModelCard(card).data
+    assert begun == [0, 1]  # loggers are told before each push
     assert commits(hub) == ["Model save", "With scores"] and not metadata_errors(card)
     assert {result.metric_type: result.metric_value for result in data.eval_results}["accuracy"] == 0.75
     assert data.datasets == ["someone/rows"] and data.language == ["en"] and "mine" in data.tags
 
 
-def test_push_in_the_background(hub: HubServer, tmp_path: Path) -> None:
+def test_push_in_the_background_and_without_matplotlib(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_prune.checkpoint.hub.find_spec", lambda _: None)
     run = trainer(tmp_path / "out")
     run.train()
     assert hub.requests == []
     future = run.push_to_hub(blocking=False)
     assert future.result(timeout=60).oid == hub.repos[REPO].branches["main"][-1].oid
+    assert not any(name.startswith("plots/") for name in hub.files(REPO))
 
 
 def test_failing_push_leaves_the_trained_model_here(hub: HubServer, tmp_path: Path) -> None:
@@ -426,3 +452,32 @@ def test_command_line(hub: HubServer, tmp_path: Path) -> None:
     assert "run `hf auth login` again" in done.stderr
     done = CliRunner().invoke(app, ["push", str(tmp_path / "nothing"), "pruned"])
     assert done.exit_code == 1 and "must hold config.json" in done.stderr
+
+
+# The guide
+
+GUIDE = Path(__file__).parent.parent / "docs/sharing.md"
+
+
+def test_the_guide_runs_as_it_stands(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks in their order; "me" is the user of the loopback Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    names: dict[str, Any] = {
+        "model": tiny_text_model(), "dense": tiny_text_model(), "rows": rows(), "tokenizer": tokenizer(),
+        "batch": {"input_ids": torch.zeros(2, 5, dtype=torch.long)},
+    }  # fmt: skip
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", GUIDE.read_text().replace("me/", "someone/"), re.DOTALL)
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, GUIDE.name, "exec"), names)
+        else:
+            done = CliRunner().invoke(app, block.split()[1:])
+            assert block.startswith("hf-prune ") and done.exit_code == 0, done.output
+    assert [language for language, _ in blocks] == ["python", "python", "sh", "python", "python"]
+    assert hub.repos["someone/name"].private and len(hub.repos["someone/trained"].branches["main"]) == 3
+    pushed = ModelCard(hub.files("someone/trained")["README.md"].decode()).data
+    assert pushed.eval_results and pushed.license == "apache-2.0"
+    assert names["model"].config._name_or_path == "someone/name"
+    assert ModelCard((tmp_path / "out/README.md").read_text()).data.base_model == "someone/dense"

@@ -217,7 +217,7 @@ def _played(points: float) -> tuple[nn.Module, Report]:
     return model.eval(), pruner.finalize()
 
 
-@pytest.mark.parametrize("points", [0.0, 2.0])
+@pytest.mark.parametrize("points", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
 def test_the_tolerance_holds_and_filters_go(points: float) -> None:
     model, report = _played(points)
     reached, reference = accuracy(model, DATA, VALIDATION), report.run["reference"]
@@ -233,11 +233,13 @@ def test_the_tolerance_holds_and_filters_go(points: float) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_larger_tolerance_removes_at_least_as_much() -> None:
     removed = [_played(points)[1].sparsity for points in (0.0, 2.0)]
     assert removed[0] <= removed[1]
 
 
+@pytest.mark.slow
 def test_l1_at_once_to_the_same_price_is_not_better() -> None:
     model, report = _played(2.0)
     price = trace(copy.deepcopy(_dense()).eval(), EXAMPLE).price().multiply_adds

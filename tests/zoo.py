@@ -64,6 +64,24 @@ def patches(_: Any) -> Inputs:
     }
 
 
+def image_and_text(config: Any) -> Inputs:
+    return {**ids(config), **pixels(32)(config)}
+
+
+def pairs(length: int = 13) -> Callable[[Any], Inputs]:
+    """What an encoder reads and what its decoder has written so far."""
+    return lambda config: {**ids(config, length), "decoder_input_ids": ids(config, 7)["input_ids"]}
+
+
+def spectra(bins: int, length: int, time_last: bool = False) -> Callable[[Any], Inputs]:
+    shape = (2, bins, length) if time_last else (2, length, bins)
+    return lambda _: {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
+
+
+def dictation(config: Any) -> Inputs:
+    return {**spectra(16, 60, time_last=True)(config), "decoder_input_ids": ids(config, 5)["input_ids"]}
+
+
 def image_tokens(_: Any) -> Inputs:
     return {"input_ids": torch.randint(0, 32, (2, 64), generator=torch.Generator().manual_seed(1))}
 
@@ -86,6 +104,13 @@ SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 
 TWO_TOWERS = {"vision_config": VISION, "text_config": SMALL_TEXT | {"vocab_size": 99}}
 SEQ2SEQ = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 SEQ2SEQ |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 96} | TOKENS
+SEQ2SEQ_LM = SEQ2SEQ | {"decoder_start_token_id": 2}
+CLIP_TEXT = TEXT | {"hidden_size": 40, "intermediate_size": 56}
+EXPERTS = GROUPED | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+WAVE2VEC = {"conv_dim": [16, 24], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_conv_pos_embeddings": 16}
+WAVE2VEC |= {"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 32, "num_feat_extract_layers": 2} | ENCODER
+PYRAMID_SWIN = WINDOWS | {"image_size": 64, "depths": [1, 1, 1, 1], "num_heads": [2, 4, 4, 4], "window_size": 2}
+ALL_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 RESNET = {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1]}
 
 
@@ -204,6 +229,37 @@ ZOO: dict[str, Entry] = {
     "TimmWrapperForImageClassification": image("TimmWrapperConfig", {"architecture": "resnet18"}, 64, needs="timm"),
     "ViTForImageClassification": image("ViTConfig", VISION, slow=False),
     "ViTMSNForImageClassification": image("ViTMSNConfig", VISION),
+    "HieraForImageClassification": image(
+        "HieraConfig",
+        {
+            "embed_dim": 16,
+            "image_size": [64, 64],
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 8],
+            "patch_stride": [4, 4],
+            "masked_unit_size": [8, 8],
+        },
+        64,
+    ),
+    "MetaClip2ForImageClassification": image("MetaClip2Config", {"vision_config": VISION, "text_config": CLIP_TEXT}),
+    "PPLCNetForImageClassification": image("PPLCNetConfig", {"scale": 0.5}, 64),
+    "DINOv3ViTModel": image("DINOv3ViTConfig", VISION, slow=False),
+    "ViTMAEForPreTraining": image(
+        "ViTMAEConfig",
+        VISION
+        | {
+            "decoder_hidden_size": 48,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 4,
+            "decoder_intermediate_size": 56,
+        },
+        inputs=lambda _: {**pixels(32)(_), "noise": torch.rand(2, 16, generator=torch.Generator().manual_seed(1))},
+    ),
+    "VivitForVideoClassification": image(
+        "VivitConfig",
+        VISION | {"num_frames": 4, "tubelet_size": [2, 8, 8]},
+        inputs=lambda _: {"pixel_values": torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))},
+    ),
     # other heads on images
     "SegformerForSemanticSegmentation": image("SegformerConfig", PYRAMID | {"decoder_hidden_size": 40}, 64),
     "UperNetForSemanticSegmentation": image(
@@ -241,6 +297,111 @@ ZOO: dict[str, Entry] = {
             "num_queries": 7,
         },
         64,
+    ),
+    "BeitForSemanticSegmentation": image(
+        "BeitConfig",
+        VISION
+        | {
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "layer_scale_init_value": 0.1,
+            "image_size": 64,
+            "use_relative_position_bias": True,
+        },
+        64,
+    ),
+    "EomtForUniversalSegmentation": image(
+        "EomtConfig",
+        VISION | {"num_hidden_layers": 3, "num_blocks": 1, "num_queries": 7, "image_size": 64, "num_upscale_blocks": 1},
+        64,
+    ),
+    "MaskFormerForInstanceSegmentation": image(
+        "MaskFormerConfig",
+        {
+            "backbone_config": transformers.SwinConfig(**PYRAMID_SWIN, out_features=ALL_STAGES),
+            "decoder_config": transformers.DetrConfig(**SEQ2SEQ, num_queries=7),
+            "fpn_feature_size": 32,
+            "mask_feature_size": 24,
+        },
+        64,
+    ),
+    "ConditionalDetrForObjectDetection": image(
+        "ConditionalDetrConfig",
+        SEQ2SEQ
+        | {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": transformers.ResNetConfig(**RESNET, out_features=["stage4"]),
+            "num_queries": 7,
+        },
+        64,
+    ),
+    "RTDetrForObjectDetection": image(
+        "RTDetrConfig",
+        {
+            "backbone_config": transformers.RTDetrResNetConfig(
+                embedding_size=16,
+                hidden_sizes=[16, 24, 32, 48],
+                depths=[1, 1, 1, 1],
+                layer_type="basic",
+                out_features=["stage2", "stage3", "stage4"],
+            ),
+            "encoder_hidden_dim": 32,
+            "encoder_in_channels": [24, 32, 48],
+            "encoder_ffn_dim": 48,
+            "encoder_attention_heads": 4,
+            "d_model": 32,
+            "num_queries": 7,
+            "decoder_in_channels": [32, 32, 32],
+            "decoder_ffn_dim": 40,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_n_points": 2,
+        },
+        64,
+    ),
+    "DepthAnythingForDepthEstimation": image(
+        "DepthAnythingConfig",
+        {
+            "backbone_config": transformers.Dinov2Config(
+                **VISION | {"num_hidden_layers": 4}, out_features=ALL_STAGES, reshape_hidden_states=False
+            ),
+            "patch_size": 8,
+            "reassemble_hidden_size": 64,
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "head_hidden_size": 16,
+        },
+    ),
+    # images and text
+    "CLIPModel": Entry(
+        "CLIPConfig",
+        {"vision_config": VISION, "text_config": CLIP_TEXT, "projection_dim": 24},
+        image_and_text,
+        slow=False,
+    ),
+    "CLIPSegForImageSegmentation": Entry(
+        "CLIPSegConfig",
+        {
+            "vision_config": VISION | {"num_hidden_layers": 4},
+            "text_config": CLIP_TEXT,
+            "projection_dim": 24,
+            "extract_layers": [1, 2, 3],
+            "reduce_dim": 16,
+            "decoder_num_attention_heads": 4,
+            "decoder_intermediate_size": 40,
+        },
+        image_and_text,
+    ),
+    "BlipForImageTextRetrieval": Entry(
+        "BlipConfig",
+        {
+            "vision_config": VISION,
+            "text_config": TEXT | {"encoder_hidden_size": 64},
+            "image_text_hidden_size": 24,
+        },
+        image_and_text,
     ),
     # encoders
     "AlbertForSequenceClassification": text("AlbertConfig", TEXT | {"embedding_size": 32}, slow=False),
@@ -336,6 +497,31 @@ ZOO: dict[str, Entry] = {
     "XLMRobertaForSequenceClassification": text("XLMRobertaConfig"),
     "XLMRobertaXLForSequenceClassification": text("XLMRobertaXLConfig"),
     "YosoForSequenceClassification": text("YosoConfig"),
+    "BertForMaskedLM": text("BertConfig"),
+    "NomicBertForMaskedLM": text("NomicBertConfig"),
+    "ReformerForMaskedLM": text(
+        "ReformerConfig",
+        {
+            "attention_head_size": 16,
+            "attn_layers": ["local", "lsh"],
+            "axial_pos_shape": [4, 4],
+            "axial_pos_embds_dim": [24, 40],
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "feed_forward_size": 96,
+            "is_decoder": False,
+            "local_attn_chunk_length": 4,
+            "lsh_attn_chunk_length": 4,
+            "num_buckets": 4,
+            "hash_seed": 0,
+        }
+        | TOKENS
+        | {"max_position_embeddings": 16},
+        16,
+    ),
+    "XLNetForSequenceClassification": text(
+        "XLNetConfig", {"vocab_size": 128, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96}
+    ),
     # decoders and encoder-decoders
     "BartForSequenceClassification": text("BartConfig", SEQ2SEQ),
     "BloomForSequenceClassification": text("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4} | TOKENS),
@@ -368,13 +554,93 @@ ZOO: dict[str, Entry] = {
     "T5EncoderModel": text(
         "T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | TOKENS
     ),
+    "Gemma2ForSequenceClassification": text("Gemma2Config", GROUPED | {"sliding_window": 8}),
+    "GPTNeoForSequenceClassification": text(
+        "GPTNeoConfig",
+        {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        }
+        | TOKENS,
+    ),
+    "MarianMTModel": text("MarianConfig", SEQ2SEQ_LM, inputs=pairs()),
+    "T5ForConditionalGeneration": text(
+        "T5Config",
+        {
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu",
+        }
+        | TOKENS,
+        inputs=pairs(),
+    ),
+    "SwitchTransformersForConditionalGeneration": text(
+        "SwitchTransformersConfig",
+        {
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+        }
+        | TOKENS,
+        inputs=pairs(),
+    ),
+    "Qwen3MoeForCausalLM": text("Qwen3MoeConfig", EXPERTS, exact_dtype=torch.float32),
+    # state spaces and recurrences
+    "MambaForCausalLM": text(
+        "MambaConfig",
+        {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 6},
+    ),
+    "RecurrentGemmaForCausalLM": text(
+        "RecurrentGemmaConfig",
+        GROUPED | {"num_key_value_heads": 1, "lru_width": 48, "num_hidden_layers": 3, "attention_window_size": 16},
+    ),
+    "RwkvForCausalLM": text(
+        "RwkvConfig",
+        {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "attention_hidden_size": 40,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "context_length": 32,
+        },
+    ),
     # speech
     "Wav2Vec2ForSequenceClassification": text(
         "Wav2Vec2Config",
-        ENCODER
-        | {"conv_dim": [16, 24], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_conv_pos_embeddings": 16}
-        | {"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 32, "num_feat_extract_layers": 2},
+        WAVE2VEC,
         inputs=waves,
+    ),
+    "SEWForSequenceClassification": text("SEWConfig", WAVE2VEC | {"squeeze_factor": 2}, inputs=waves),
+    "Wav2Vec2BertForSequenceClassification": text(
+        "Wav2Vec2BertConfig",
+        ENCODER
+        | {
+            "feature_projection_input_dim": 24,
+            "conv_depthwise_kernel_size": 5,
+            "left_max_position_embeddings": 4,
+            "right_max_position_embeddings": 4,
+        },
+        inputs=spectra(24, 19),
+    ),
+    "WhisperForConditionalGeneration": text(
+        "WhisperConfig",
+        SEQ2SEQ_LM | {"num_mel_bins": 16, "max_source_positions": 30, "max_target_positions": 20},
+        inputs=dictation,
+        slow=False,
     ),
     "ASTForAudioClassification": text(
         "ASTConfig",
@@ -401,9 +667,15 @@ def build(name: str, dtype: torch.dtype | None = None) -> tuple[nn.Module, Input
 
 @torch.no_grad()
 def sharpen(model: nn.Module, factor: float = 6.0) -> None:
-    """Matrices times `factor`, vectors (biases, norm weights) with noise added, running statistics moved."""
+    """Matrices times `factor`, vectors (biases, norm weights) with noise added, running statistics moved.
+
+    Tables that code makes anew when a checkpoint is loaded stay as they are.
+    """
     generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name in ignored:
+            continue
         if parameter.ndim > 1:
             parameter.mul_(factor)
         else:

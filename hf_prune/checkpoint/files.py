@@ -15,8 +15,8 @@ from hf_prune.checkpoint.format import CheckpointTable, Packed
 from hf_prune.types import CheckpointError
 
 
-def check_files(table: CheckpointTable, model: Mapping[str, tuple[int, ...]], files: Iterable[str | Path]) -> None:
-    """Raise `CheckpointError` unless the tensors in `files` are what `table` says.
+def check_files(table: CheckpointTable, model: Mapping[str, tuple[int, ...]], files: Iterable[str | Path]) -> set[str]:
+    """Names of the tensors in `files`. Raises `CheckpointError` unless they are what `table` says.
 
     `table` uses the names on disk; `model` has the narrow shape of each tensor of the model, under its own name and
     under that on disk. Only headers and side tensors are read.
@@ -38,6 +38,7 @@ def check_files(table: CheckpointTable, model: Mapping[str, tuple[int, ...]], fi
         for name, shape in table.narrow.shapes.items():
             if name in stored and name not in table.encodings:
                 _check_header(name, stored, list(shape), None)
+        return set(stored)
 
 
 def _check_packed(name: str, packed: Packed, stored: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -22,7 +21,7 @@ from hf_prune import __version__
 from hf_prune.checkpoint.files import check_files
 from hf_prune.checkpoint.format import CheckpointTable, parse
 from hf_prune.checkpoint.save import Saves, is_ours, save_pretrained
-from hf_prune.types import PruneError, Report
+from hf_prune.types import CheckpointError, PruneError, Report
 
 if TYPE_CHECKING:
     from hf_prune.report.card import About
@@ -141,19 +140,32 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
             f"{str(folder)!r} must hold config.json and .safetensors files, got {sorted(files) or 'none'}; "
             "write it with hf_prune.save_pretrained(model, folder, report=report)."
         )
-    table = json.loads(files["config.json"].read_text(encoding="utf-8")).get("quantization_config")
-    check_files(parse(table) if table else CheckpointTable(), {}, weights)
+    _check_whole(files, weights)
     return files
+
+
+def _check_whole(files: Mapping[str, Path], weights: Iterable[Path]) -> None:
+    from hf_prune.report.reading import read_json
+
+    config = read_json(files["config.json"])
+    table = config.get("quantization_config") if isinstance(config, dict) else config
+    if not isinstance(table, (dict, type(None))):
+        raise CheckpointError(f"{files['config.json']} is no model's config; save the model again.")
+    check_files(parse(table) if table else CheckpointTable(), {}, weights)
+    for index in (path for name, path in files.items() if name.endswith(".safetensors.index.json")):
+        missing = set(read_json(index)["weight_map"].values()) - files.keys()
+        if missing:
+            raise CheckpointError(f"{index} names {', '.join(sorted(missing))}, which the folder lacks.")
 
 
 def _generated(folder: Path, repo_id: str, about: About | None) -> dict[str, bytes]:
     """Path in the repository -> content of what is made for the push: plots, and the card that shows them."""
     from hf_prune.report.card import CARD_FILE, GENERATED, About, make_card
 
+    plots = _plots(folder) if find_spec("matplotlib") else {}
     own = folder / CARD_FILE
     if own.is_file() and GENERATED not in own.read_text(encoding="utf-8"):
-        return {}
-    plots = _plots(folder) if find_spec("matplotlib") else {}
+        return plots
     about = replace(about or About(), name=repo_id, plots=tuple(plots))
     return plots | {CARD_FILE: str(make_card(folder, about)).encode()}
 
@@ -206,7 +218,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
     if isinstance(cause, HfHubHTTPError):
         status, said = cause.response.status_code, cause.server_message
-        advice = _ADVICE.get(status, "push again later." if status >= 500 else "see the message before this one.")
+        advice = _ADVICE.get(status, "push again later." if status >= 500 else "check the settings of the repository.")
         return f"The Hub answered {status} to pushing {repo_id!r}{f' ({said})' if said else ''}: {advice}"
     text = " ".join(str(cause).split())
     if isinstance(cause, ConnectionBroke):

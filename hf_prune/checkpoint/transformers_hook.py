@@ -6,7 +6,7 @@ something imported by name is gone, importing fails with the message of `registr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hf_prune.checkpoint.encodings import ENCODINGS, decode
 from hf_prune.checkpoint.files import check_files
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
 from hf_prune.checkpoint.names import disk_names, module_names, table_on_disk, tensor_names
-from hf_prune.graph.resize import resize
+from hf_prune.graph.resize import owners, resize
 from hf_prune.graph.table import require_known, tensors_of
 from hf_prune.types import ShapeTable
 
@@ -114,7 +114,8 @@ class HfPruneQuantizer(HfQuantizer):
         self.dtypes = {name: tensor.dtype for name, tensor in tensors_of(model).items()}
         if checkpoint_files is not None:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-            check_files(table, shapes | {name: shapes[local] for name, local in names.items()}, checkpoint_files)
+            found = check_files(table, shapes | {k: shapes[local] for k, local in names.items()}, checkpoint_files)
+            _mark_initialised(model, self.narrow, set(tensor_names(found, model)[0].values()))
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """One converter per last part of a packed tensor's name; transformers matches and collects by that part."""
@@ -133,6 +134,18 @@ class HfPruneQuantizer(HfQuantizer):
             table = CheckpointTable(table_on_disk(self.narrow, disk_names(model)))
             model.config.quantization_config = to_dict(table)
         return model
+
+
+def _mark_initialised(model: Any, narrow: ShapeTable, stored: Collection[str]) -> None:
+    """Have transformers not initialise narrow modules all of whose tensors are `stored`.
+
+    It would keep no value of that, but some models cannot compute the values for every size.
+    """
+    for path in owners(narrow.shapes):
+        module, prefix = model.get_submodule(path), f"{path}." if path else ""
+        own = tensors_of(module).keys()
+        if {prefix + name for name in own} <= set(stored) and dict(module.named_buffers()).keys() <= own:
+            module._is_hf_initialized = True
 
 
 def _cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

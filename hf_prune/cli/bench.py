@@ -162,7 +162,8 @@ def _save(result: dict[str, Any], models: list[str], form: str, threads: int) ->
         for row in result["times"]
         if (row["form"], row["threads"]) == (form, threads)
     }
-    where = f"{result['machine']}, {threads} threads, {form}, batch {result['batch_size']}"
+    inputs = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in result["inputs"].items())
+    where = f"{result['machine']}, {threads} threads, {form}, {inputs}"
     for name in models[1:]:
         latency = {"machine": where, "dense": times[models[0]], "kept": times[name]}
         path = Path(name) / PRUNING_FILE

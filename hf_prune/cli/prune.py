@@ -43,6 +43,7 @@ def prune(
     Methods that measure their scores need --data.
     """
     import hf_prune
+    from hf_prune import PruneError, methods
     from hf_prune.checkpoint.load import load_pretrained, load_processor
     from hf_prune.cli.data import Source
     from hf_prune.cli.tasks import Reading, batches_for
@@ -51,6 +52,8 @@ def prune(
     pruning, rest = pruning_options(method, config, list(context.args))
     refuse(context, rest, pruning.config)
     settings = pruning.make()
+    if methods.load(settings.method).NEEDS_TRAINING:
+        raise PruneError(f"method {settings.method!r} prunes while it trains: hf-prune train text|image.")
     loaded = load_pretrained(model).eval()
     batches = None
     if data is not None:

@@ -14,9 +14,9 @@ from hf_prune.graph.example import example_inputs
 from hf_prune.graph.fold import dead_units
 from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
-from hf_prune.graph.kept import kept_entries
+from hf_prune.graph.kept import kept_entries, select, spread
 from hf_prune.graph.prices import Price
-from hf_prune.graph.shrink import narrow, select, shrink, spread, widen
+from hf_prune.graph.shrink import narrow, shrink, widen
 from hf_prune.graph.verify import check_exactness, check_plan, mask
 
 __all__ = [

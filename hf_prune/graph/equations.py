@@ -36,6 +36,11 @@ class Equations:
         """Code found the two sizes equal, and may do something else once they are not."""
         self._join(self.dim_of(left), self.dim_of(right), "compared with a size that cannot be followed")
 
+    def fix(self, left: Expression, right: Expression) -> None:
+        """Code does one thing or another by which of two shapes is larger: both must stay."""
+        for expression in (left, right):
+            freeze(self.dim_of(expression), "code asks whether it is larger than another size")
+
     def pin(self, expression: Expression) -> None:
         """Code computed a float from this size: its value must stay."""
         freeze(self.dim_of(expression), "its size is used in a formula, such as an attention scale")

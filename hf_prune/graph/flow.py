@@ -15,13 +15,13 @@ from hf_prune.graph.equations import Equations
 from hf_prune.graph.rules import name_of, rule_for
 from hf_prune.graph.scales import Scale
 from hf_prune.graph.trace import Operation, Trace
-from hf_prune.graph.traced_int import Expression
+from hf_prune.graph.traced_int import Expression, holds_attribute
 
 FOLLOWED = ("transpose", "t", "permute", "to", "contiguous", "detach", "alias", "clone", "numpy_T")
 """Operations through which a tensor of the model is still the weight of a contraction."""
 
-EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat")
-"""Operations that cut off or add nothing where a size happens to be zero."""
+EMPTY_ALLOWED = ("slice", "narrow", "split", "split_with_sizes", "cat", "expand", "to", "contiguous")
+"""Operations that do the same, or nothing, where a size happens to be zero."""
 
 
 class Flow:
@@ -44,6 +44,9 @@ class Flow:
             named[node.name] = self.shapes.get(node)
         for left, right in trace.uses.equal:
             self.equations.compare(left, right)
+        for left, right in trace.uses.ordered:
+            if not (holds_attribute(left) or holds_attribute(right)):
+                self.equations.fix(left, right)
         for expression in trace.uses.floats:
             if expression not in free:
                 self.equations.pin(expression)

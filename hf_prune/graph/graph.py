@@ -13,8 +13,10 @@ from hf_prune.graph.axes import Axis, freeze
 from hf_prune.graph.example import example_inputs as default_inputs
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups
+from hf_prune.graph.latency import Latency
 from hf_prune.graph.prices import Price, Prices
 from hf_prune.graph.scales import find_scales
+from hf_prune.graph.table import CONFIG
 from hf_prune.graph.trace import Inputs, record
 from hf_prune.types import Group, Plan
 
@@ -33,6 +35,13 @@ class Graph:
     inputs: Inputs
     element_bytes: dict[str, int]
     """Parameter name -> bytes an element."""
+    model: nn.Module
+    """The model itself, which may have changed since."""
+
+    @cached_property
+    def latency(self) -> Latency:
+        """Milliseconds of any plan on this machine; ask for it first while the model is as it was traced."""
+        return Latency(self.model, self.inputs, self.flow, self.axes)
 
     def price(self, plan: Plan | None = None) -> Price:
         """What the model costs once `plan` is carried out; groups that it does not name stay whole."""
@@ -60,12 +69,22 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Graph:
     inputs = default_inputs(model) if example_inputs is None else example_inputs
     recorded = record(model, inputs)
     flow = Flow(recorded, *find_scales(model, inputs, recorded))
-    for name in sorted(flow.tensors.keys() - model.state_dict().keys()):
+    for name in sorted(flow.tensors.keys() - _stored(model)):
         for dim in flow.tensors[name]:
-            freeze(dim, f"{name} has it, a buffer that checkpoints do not hold")
+            freeze(dim, f"{name} has it, a tensor that checkpoints do not hold")
+    for attribute, dim in flow.equations.attributes.items():
+        if attribute.module == "" and attribute.name.startswith(CONFIG):
+            freeze(dim, f"the model reads {attribute.name} as it runs, by which checkpoints are also built")
     parameters = dict(model.named_parameters())
     free, frozen, axes = find_groups(flow, set(parameters))
-    return Graph(free, frozen, axes, flow, inputs, {name: each.element_size() for name, each in parameters.items()})
+    return Graph(
+        free, frozen, axes, flow, inputs, {name: each.element_size() for name, each in parameters.items()}, model
+    )
+
+
+def _stored(model: nn.Module) -> set[str]:
+    """Names of the tensors that a checkpoint holds; code makes the others anew, at full size, when it is loaded."""
+    return set(model.state_dict()) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def _samples(inputs: Inputs) -> int:

@@ -64,7 +64,8 @@ def find_groups(flow: Flow, parameters: set[str]) -> tuple[dict[str, Group], dic
         for position, dim in enumerate(shape):
             for axis, place in occurrences(dim):
                 reads = (tensor, position) in flow.reads
-                members.setdefault(axis, []).append(replace(place, tensor=tensor, dim=position, reads=reads))
+                if axis.size:  # register tokens, say, of which there are none
+                    members.setdefault(axis, []).append(replace(place, tensor=tensor, dim=position, reads=reads))
     owned = {axis: found for axis, found in members.items() if any(member.tensor in parameters for member in found)}
     frozen = {group.name: group for axis, found in owned.items() if axis.frozen for group in [_frozen(axis, found)]}
     taken: Counter[str] = Counter()

@@ -1,8 +1,8 @@
-"""Which indices of a dimension stay when units of its axes go."""
+"""Which indices of a dimension stay when units of its axes go, and the tensors that these make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,23 @@ def kept_entries(graph: Graph, plan: Plan) -> dict[str, list[Tensor]]:
         for name, shape in graph.flow.tensors.items()
         if any(loses(dim, kept) for dim in shape)
     }
+
+
+def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """The entries of `tensor` at the given indices of every dimension."""
+    for dim, each in enumerate(indices):
+        if len(each) != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, each.to(tensor.device))
+    return tensor
+
+
+def spread(tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The inverse of `select`: `tensor` at the given indices of every dimension of zeros of shape `sizes`."""
+    for dim, (each, count) in enumerate(zip(indices, sizes, strict=True)):
+        if len(each) != count:
+            whole = tensor.new_zeros([*tensor.shape[:dim], count, *tensor.shape[dim + 1 :]])
+            tensor = whole.index_copy_(dim, each.to(tensor.device), tensor)
+    return tensor
 
 
 def loses(dim: Dim, kept: Kept) -> bool:

@@ -60,7 +60,7 @@ def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: Attr
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape != wanted[name].shape}
     resize(twin, ShapeTable(shapes))
-    attributes = _attribute_differences(model, twin, _owners(shapes), recorded or {})
+    attributes = _attribute_differences(model, twin, owners(shapes), recorded or {})
     check(twin, ShapeTable(attributes=attributes))
     return ShapeTable(shapes, attributes)
 
@@ -85,7 +85,7 @@ def _write(module: nn.Module, attribute: str, value: Size) -> None:
     setattr(holder, plain, value if is_size(value) else kind(value))
 
 
-def _owners(names: Iterable[str]) -> set[str]:
+def owners(names: Iterable[str]) -> set[str]:
     """The modules that hold a tensor of `names`, directly or further down; the root is ''."""
     parts = [name.split(".")[:-1] for name in names]
     return {".".join(part[:depth]) for part in parts for depth in range(len(part) + 1)}

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
-from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses
+from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses, select, spread
 from hf_prune.graph.resize import Attributes, rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
 from hf_prune.graph.table import attribute_holder
 from hf_prune.graph.trace import distinct_tensors
+from hf_prune.graph.traced_int import Attribute
 from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
 from hf_prune.types import Plan, ShapeTable
 
@@ -32,7 +33,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     table = ShapeTable(shapes, _attributes(model, graph, kept, kept))
     check_table(table)
-    ratios = dry_run(model, graph, table)
+    ratios = dry_run(model, graph, table, indices)
     fold_constants(model, graph, kept)
     rescale(distinct_tensors(model), graph.flow.trace, ratios)
     _cut(model, indices, table.attributes)
@@ -85,23 +86,6 @@ def _drop_caches(model: nn.Module) -> None:
         module.training = training
 
 
-def select(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    """The entries of `tensor` at the given indices of every dimension."""
-    for dim, each in enumerate(indices):
-        if len(each) != tensor.shape[dim]:
-            tensor = tensor.index_select(dim, each.to(tensor.device))
-    return tensor
-
-
-def spread(tensor: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The inverse of `select`: `tensor` at the given indices of every dimension of zeros of shape `sizes`."""
-    for dim, (each, count) in enumerate(zip(indices, sizes, strict=True)):
-        if len(each) != count:
-            whole = tensor.new_zeros([*tensor.shape[:dim], count, *tensor.shape[dim + 1 :]])
-            tensor = whole.index_copy_(dim, each.to(tensor.device), tensor)
-    return tensor
-
-
 def _attributes(model: nn.Module, graph: Graph, cut: Kept, kept: Kept) -> dict[str, dict[str, Size]]:
     """Values, where `kept` stays, of the attributes whose dims lose units in `cut`."""
     values: dict[str, dict[str, Size]] = {}
@@ -116,4 +100,20 @@ def _attributes(model: nn.Module, graph: Graph, cut: Kept, kept: Kept) -> dict[s
             items = list(own.get(attribute.name, getattr(holder, name)))
             items[attribute.index] = count
             own[attribute.name] = tuple(items)
+    _keep_apart(values, graph)
     return values
+
+
+def _keep_apart(values: dict[str, dict[str, Size]], graph: Graph) -> None:
+    """Where code asks whether two attributes differ, keep one that is used for nothing else different and in order.
+
+    Such an attribute is the size of something whose new size it does not tell, and might meet the other by chance.
+    """
+    for pair in graph.flow.trace.uses.unequal:
+        for idle, other in (pair, pair[::-1]):
+            if not (isinstance(idle, Attribute) and isinstance(other, Attribute)) or idle.index is not None:
+                continue
+            met = values.get(other.module, {}).get(other.name) == idle.value
+            if met and idle not in graph.flow.equations.attributes:
+                step = 1 if idle.value > other.value else -1
+                values.setdefault(idle.module, {})[idle.name] = idle.value + step

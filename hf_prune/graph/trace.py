@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hf_prune.graph.attributes import preserved, tag
+from hf_prune.graph.caches import without_caches
 from hf_prune.graph.provenance import Arguments, Provenance
 from hf_prune.graph.traced_int import Expression, Uses, recording
 from hf_prune.types import PruneError
@@ -53,8 +54,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     """Trace `model` in evaluation mode; leaves its mode, attributes and tensors as they were."""
     tensors = {name: tensor.detach() for name, tensor in distinct_tensors(model).items()}
     try:
-        with _quiet():
-            return record_on(model, tensors, inputs, real=False)
+        return record_on(model, tensors, inputs, real=False)
     except Exception as error:
         if any(tensor.is_meta for tensor in tensors.values()):
             raise _failure(model, error, "on the meta device") from error
@@ -79,10 +79,15 @@ def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
     """The tensors that `model` answers with when its parameters and buffers are `tensors`."""
+    return answers(functional_call(model, dict(tensors), *arguments(model, inputs)))
+
+
+def arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How to call `model` on `inputs`, without caches for later tokens."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     if "use_cache" in signature(model.forward).parameters:
         kwargs.setdefault("use_cache", False)
-    return answers(functional_call(model, dict(tensors), args, kwargs))
+    return args, kwargs
 
 
 def answers(output: Any) -> list[Tensor]:
@@ -125,7 +130,7 @@ def record_on(
     tracer = make_fx(
         run, tracing_mode="real" if real else "fake", pre_dispatch=True, _error_on_data_dependent_ops=False
     )
-    with torch.no_grad(), preserved(model), recording(factors or {}) as uses:
+    with torch.no_grad(), _quiet(), without_caches(model), preserved(model), recording(factors or {}) as uses:
         vars(model).pop("forward", None)  # accelerate puts one with autocast before the model's own
         model.train()  # modules that cache what they made of their weights drop it when training begins
         model.eval()

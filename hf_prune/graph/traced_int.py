@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Uses:
     """
 
     floats: dict[Expression, None] = field(default_factory=dict)
-    """In the order of their first use, as a set would be in another one in every process; so is `equal`."""
+    """In the order of their first use, as a set would be in another one in every process; so are the others."""
     equal: dict[tuple[Expression, Expression], None] = field(default_factory=dict)
+    unequal: dict[tuple[Expression, Expression], None] = field(default_factory=dict)
+    """Found different; comparisons with a number are left out."""
+    ordered: dict[tuple[Expression, Expression], None] = field(default_factory=dict)
+    """Compared by which is larger; comparisons with a number are left out."""
     factors: Mapping[Expression, float] = field(default_factory=dict)
 
 
@@ -76,6 +80,13 @@ def expression(value: int) -> Expression:
     return value.source if isinstance(value, TracedInt) else value
 
 
+def holds_attribute(source: Expression) -> bool:
+    """Whether the expression needs an attribute, and not only shapes and numbers."""
+    if isinstance(source, Term):
+        return holds_attribute(source.left) or holds_attribute(source.right)
+    return isinstance(source, Attribute)
+
+
 class TracedInt(int):
     """An int with the expression that it is the value of."""
 
@@ -94,8 +105,10 @@ class TracedInt(int):
     def __eq__(self, other: object) -> bool:
         result = int.__eq__(self, other)
         uses = _uses.get()
-        if result is True and uses is not None and isinstance(other, int):
-            uses.equal[self.source, expression(other)] = None
+        if uses is not None and result is True:
+            uses.equal[self.source, expression(cast(int, other))] = None
+        elif uses is not None and isinstance(other, TracedInt):
+            uses.unequal[self.source, other.source] = None
         return result
 
     def __ne__(self, other: object) -> bool:
@@ -112,6 +125,15 @@ class TracedInt(int):
 
     def __float__(self) -> float:
         return self.as_float()
+
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """A formula of numpy, which reads subclasses of int past `__float__`."""
+        plain = [int(each) if isinstance(each, TracedInt) else each for each in inputs]
+        result = getattr(function, method)(*plain, **kwargs)
+        if getattr(getattr(result, "dtype", None), "kind", None) != "f":
+            return result
+        posing = [each.as_float() if isinstance(each, TracedInt) else each for each in inputs]
+        return result if posing == plain else getattr(function, method)(*posing, **kwargs)
 
 
 def _arithmetic(symbol: str, name: str) -> None:
@@ -145,7 +167,22 @@ def _formula(name: str) -> None:
     setattr(TracedInt, name, method)
 
 
+def _order(name: str) -> None:
+    """Give `TracedInt` the comparison `name`."""
+    plain = getattr(int, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        uses = _uses.get()
+        if uses is not None and isinstance(other, TracedInt):
+            uses.ordered[self.source, other.source] = None
+        return plain(self, other)
+
+    setattr(TracedInt, name, method)
+
+
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv")):
     _arithmetic(_symbol, _name)
 for _name in ("__truediv__", "__rtruediv__", "__pow__", "__rpow__"):
     _formula(_name)
+for _name in ("__lt__", "__le__", "__gt__", "__ge__"):
+    _order(_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
 from math import isclose
@@ -15,6 +15,7 @@ from hf_prune.graph.attributes import preserved
 from hf_prune.graph.flow import FOLLOWED
 from hf_prune.graph.graph import Graph, trace
 from hf_prune.graph.groups import unit_indices
+from hf_prune.graph.kept import select
 from hf_prune.graph.resize import rewrite
 from hf_prune.graph.rules import name_of, view
 from hf_prune.graph.scales import Scale, constant, floats
@@ -75,16 +76,19 @@ def check_table(table: ShapeTable) -> None:
             )
 
 
-def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, float]:
+def dry_run(
+    model: nn.Module, graph: Graph, table: ShapeTable, indices: Mapping[str, Sequence[Tensor]]
+) -> dict[Scale, float]:
     """Raise unless `model` would run with the sizes of `table`, and compute the same; the model stays as it is.
 
-    Returns by how much each attention scale shrinks (old factor over new), where it follows a size.
+    `indices` are those that stay of each tensor in `table`. Returns by how much each attention scale shrinks (old
+    factor over new), where it follows a size.
     """
     before = graph.flow.trace
-    make = torch.zeros if before.real else torch.empty
-    device = "cpu" if before.real else "meta"
     tensors = {
-        name: make(table.shapes.get(name, tensor.shape), dtype=tensor.dtype, device=device)
+        name: select(tensor.detach(), indices.get(name, ()))
+        if before.real
+        else torch.empty(table.shapes.get(name, tensor.shape), dtype=tensor.dtype, device="meta")
         for name, tensor in distinct_tensors(model).items()
     }
     try:
@@ -98,7 +102,7 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, fl
             f"{dict(table.attributes)}."
         ) from error
     ratios: dict[Scale, float] = {}
-    for old, new in zip_longest(_operations(before), _operations(after)):
+    for old, new in _pairs(before, after):
         scale = graph.flow.scales.get(old)
         if old is None or new is None or old.target != new.target or not (scale or floats(old) == floats(new)):
             raise PruneError(
@@ -110,6 +114,19 @@ def dry_run(model: nn.Module, graph: Graph, table: ShapeTable) -> dict[Scale, fl
             ratios[scale] = constant(old) / constant(new)
     _check_shared(ratios, model)
     return {scale: ratio for scale, ratio in ratios.items() if ratio != 1.0}
+
+
+def _pairs(before: Trace, after: Trace) -> list[tuple[Operation, Operation]]:
+    """Old and new operations, in order.
+
+    A run on real values may do some work more or less often, as experts that no token chose do none: then each new
+    operation goes with an old one of its kind.
+    """
+    old, new = list(_operations(before)), list(_operations(after))
+    if not before.real or [each.target for each in old] == [each.target for each in new]:
+        return list(zip_longest(old, new))
+    kinds = {(each.target, *floats(each)): each for each in old}
+    return [(kinds.get((each.target, *floats(each))), each) for each in new]
 
 
 def _operations(trace: Trace) -> Iterator[Operation]:

@@ -119,7 +119,14 @@ class Silence:
 
     def leaves_no_trace(self, group: str, written_by: Sequence[Writer]) -> bool:
         """Whether removing units of `group` is exact once every writer gives zero for them."""
-        tensors = [tensor for writer in written_by for tensor in self._output_of(writer)]
+        return self._dead(group, [tensor for writer in written_by for tensor in self._output_of(writer)])
+
+    def constants_move(self, group: str, written_by: Sequence[Writer]) -> bool:
+        """Whether it is exact once every writer gives some constant for them: whether readers can take it over."""
+        return self._dead(group, [self.model.get_submodule(writer.layer).weight for writer in written_by])
+
+    def _dead(self, group: str, tensors: Sequence[Any]) -> bool:
+        """Whether all units of `group` can go when `tensors` are zero."""
         saved = [tensor.data for tensor in tensors]
         for tensor in tensors:
             tensor.data = torch.zeros_like(tensor.data)

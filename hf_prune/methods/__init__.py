@@ -24,9 +24,10 @@ METHODS = {
     "movement": "hf_prune.methods.movement",
     "play_and_prune": "hf_prune.methods.play_and_prune",
     "prune_while_training": "hf_prune.methods.prune_while_training",
+    "prunenet": "hf_prune.methods.prunenet",
     "resrep": "hf_prune.methods.resrep",
-    "weight_importance": "hf_prune.methods.weight_importance",
     "snapshot_ensemble": "hf_prune.methods.snapshot_ensemble",
+    "weight_importance": "hf_prune.methods.weight_importance",
 }
 """Name -> module with `Config`, `PAPER`, `build`, `NEEDS_TRAINING`, `GOALS` and `TINY`; imported on use."""
 

@@ -85,7 +85,7 @@ class BWCPConfig(PruneConfig):
     lambda2: float = 3.5e-5  # pull at the offset of every channel
     delta: float = 0.05  # a channel is active above it
     temperature: float = 0.5  # tau, of the random masks
-    sharpness: float = 10.0  # factor on the logit of P at the end of the run
+    sharpness: float = 100.0  # factor on the logit of P at the end of the run
     block_size: int = 16  # channels that are whitened together
     iterations: int = 5  # T, of Newton's method
     mean_momentum: float = 0.1  # of the running mean of M

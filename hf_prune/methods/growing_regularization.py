@@ -130,6 +130,11 @@ class GrowingPenalty:
         """Empty until units were chosen."""
         self.pushed = {each.name: _Pushed() for each in self.units}
 
+    @property
+    def weight(self) -> float:
+        """The highest penalty now, for logs."""
+        return max(each.penalty for each in self.pushed.values())
+
     def select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
         """Every unit until the cut, then those that were chosen to stay."""
         if share < 1.0:
@@ -164,7 +169,7 @@ class GrowingPenalty:
 
     def _pick(self, share: float) -> None:
         """Raise all penalties alike; at `pick_max`, which is 0 in GReg-1, choose by the sizes that are left."""
-        reached = max(each.penalty for each in self.pushed.values())
+        reached = self.weight
         if _reaches(reached, self.pick_max):
             self.keep = self.choose(self.sizes())
             return

@@ -54,7 +54,7 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = True
-GOALS = ("target_flops", "target_params", "target_bytes")
+GOALS = ("target_flops", "target_params", "target_bytes", "target_latency")
 TINY_MODEL = "image"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_prune.config import Goal
-from hf_prune.graph import Graph
+from hf_prune.graph import Graph, shrink
 from hf_prune.parts.selection import Selection, floor_count, keep_floors, keep_highest
 from hf_prune.types import Plan, PruneError, Structure
 
@@ -16,8 +17,18 @@ PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
     "target_flops": lambda graph, plan: graph.price(plan).multiply_adds,
     "target_params": lambda graph, plan: graph.price(plan).parameters,
     "target_bytes": lambda graph, plan: graph.price(plan).bytes,
+    "target_latency": lambda graph, plan: graph.latency.at(plan),
 }
-"""Goal -> price of a plan: multiply-adds per sample, parameters, bytes."""
+"""Goal -> price of a plan: multiply-adds per sample, parameters, bytes, milliseconds as estimated."""
+
+CORRECTIONS: dict[str, Callable[[Graph, float, Callable[[float], Plan]], float]] = {
+    "target_latency": lambda graph, goal, choose: graph.latency.correction(goal, choose, partial(_shrink, graph)),
+}
+"""Goal whose price is an estimate -> factor on the goal, found by measuring what the last plan really costs."""
+
+
+def _shrink(graph: Graph, model: nn.Module, plan: Plan) -> None:
+    shrink(model, graph, plan)
 
 
 _PLACES = {"target_flops": 0, "target_params": 1, "target_bytes": 2}  # of each goal's price in `Prices.at`
@@ -49,9 +60,16 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     dense = price(graph, None)
     require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
 
+    factors: list[float] = []  # one, once the last plan was first chosen
+
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
-        allowed, cheap, dear = goal.kept(share) * dense, 0, sum(len(s) for s in scores.values())
+        if share >= 1.0 and goal.name in CORRECTIONS and not factors:
+            factors.append(CORRECTIONS[goal.name](graph, goal.value, lambda kept: choose(values, kept * dense)))
+        return choose(values, goal.kept(share) * dense * (factors[0] if share >= 1.0 and factors else 1.0))
+
+    def choose(values: Mapping[str, Tensor], allowed: float) -> Plan:
+        cheap, dear = 0, sum(len(s) for s in values.values())
         everything = _keep(values, dear, floors)
         if price(graph, everything) <= allowed:
             return everything

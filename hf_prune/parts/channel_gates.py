@@ -111,8 +111,11 @@ class ChannelMask(ChannelFunction):
         return multiply_channels(x, self.factor() if self.passing is None else self.passing, host)
 
 
+Mask = TypeVar("Mask", bound=ChannelMask)
+
+
 @contextmanager
-def passing(factors: Mapping[ChannelMask, Tensor]) -> Iterator[None]:
+def passing(factors: Mapping[Mask, Tensor]) -> Iterator[None]:
     """Multiply by these factors, `(C,)` each, as long as the block runs."""
     for mask, factor in factors.items():
         mask.passing = factor
@@ -142,11 +145,20 @@ def at_least_float32(like: Tensor) -> torch.dtype:
 
 def multiply_channels(x: Tensor, factor: Tensor, host: nn.Module) -> Tensor:
     """`x`, the output of `host`, times `factor`: `(C,)`, or a mix of shape `(C, C)`."""
-    factor = factor.to(x.dtype)
-    last, pixels = isinstance(host, (nn.Linear, Conv1D)) or x.ndim == 2, [1] * (x.ndim - 2)
     if factor.ndim == 1:
-        return x * (factor if last else factor.view(-1, *pixels))
-    return F.linear(x, factor) if last else _MIXES[x.ndim](x, factor.view(*factor.shape, *pixels))
+        return x * along_channels(factor, x, host)
+    factor = factor.to(x.dtype)
+    return F.linear(x, factor) if _channels_last(x, host) else _MIXES[x.ndim](x, along_channels(factor, x, host))
+
+
+def along_channels(values: Tensor, x: Tensor, host: nn.Module) -> Tensor:
+    """`values`, `(..., C)`, in the dtype of `x` and in a shape in which C lies along the channels that `host` gives."""
+    values = values.to(x.dtype)
+    return values if _channels_last(x, host) else values.view(*values.shape, *[1] * (x.ndim - 2))
+
+
+def _channels_last(x: Tensor, host: nn.Module) -> bool:
+    return isinstance(host, (nn.Linear, Conv1D)) or x.ndim == 2
 
 
 @cache

@@ -190,6 +190,19 @@ def second_moment(observed: Tensor) -> tuple[Tensor, int]:
     return flat.square().sum(0, dtype=widest(flat.device)), len(flat)
 
 
+def first_moments(observed: Tensor) -> tuple[Tensor, int]:
+    """Mean and mean square of each channel, `(2, C)`; `mean_and_variance` takes them apart."""
+    flat = rows(observed)
+    flat = flat.to(widest(flat.device))
+    return torch.stack([flat.sum(0), flat.square().sum(0)]), len(flat)
+
+
+def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """`(C,)` each from what `first_moments` gathered."""
+    means, squares = moments
+    return means, (squares - means.square()).clamp(min=0.0)
+
+
 def active(observed: Tensor) -> tuple[Tensor, int]:
     """How often each channel is above zero, `(C,)` in [0, 1]."""
     flat = rows(observed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from hf_prune import __version__
 from hf_prune.report.reading import read_report
 from hf_prune.types import Paper, PruneError, Report
 
@@ -103,7 +103,7 @@ def make_card(folder: str | Path, about: About | None = None) -> ModelCard:
         _training(saved.report),
         _details(saved.report),
         "## Limits\n\n" + "\n".join(f"- {each}" for each in _limits(saved)),
-        f"## Citation\n\n```bibtex\n{saved.report.paper['bibtex'].strip()}\n```",
+        f"## Citation\n\n{_fenced('bibtex', saved.report.paper['bibtex'].strip())}",
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{_metadata(saved, about, name).to_yaml()}\n---\n\n{body}\n")
@@ -155,6 +155,7 @@ def _eval_results(saved: _Folder) -> list[EvalResult]:
             metric_value=value,
         )
         for data, metric, value in _scores(saved.report)
+        if math.isfinite(value)
     ]
 
 
@@ -171,11 +172,11 @@ def _base(saved: _Folder, about: About) -> str | None:
 
 def _summary(report: Report, base: str | None) -> str:
     paper = Paper(**report.paper)
-    origin = f"[{base}](https://huggingface.co/{base})" if base else "A model"
+    origin = f"[{_cell(base)}](https://huggingface.co/{_cell(base)})" if base else "A model"
     where = f", [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
     text = (
-        f"{origin}, pruned with [hf_prune](#use) {__version__}: {report.sparsity:.1%} of its prunable weights are "
-        f"removed, by method `{report.method}` ({paper.title}, {paper.year}{where})."
+        f"{origin}, pruned with hf_prune: {report.sparsity:.1%} of its prunable weights are "
+        f"removed, by method `{_cell(report.method)}` ({_cell(paper.title)}, {paper.year}{where})."
     )
     if paper.status == "reconstruction":
         text += " The paper's full text could not be had: this implementation is a reconstruction."
@@ -254,7 +255,7 @@ def _details(report: Report) -> str:
     reasons = Counter(report.frozen.values()).most_common()
     frozen = [f"- {_cell(why)}: {count} dimensions" for why, count in reasons]
     parts = [
-        f"## Pruning\n\n```json\n{settings}\n```",
+        f"## Pruning\n\n{_fenced('json', settings)}",
         _folded("What each layer kept", [*_head("layer", "structure", "units", "kept"), *layers]) if layers else "",
         _folded("What had to keep its size", frozen) if frozen else "",
     ]
@@ -270,6 +271,11 @@ def _limits(saved: _Folder) -> Iterator[str]:
     if saved.report.latency:
         yield "Latency depends on machine, threads, batch and input length; measure it where the model will run."
     yield "Biases and limits of the base model stay, and pruning may add to them on rare inputs: test on your own data."
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that `text` cannot end."""
+    return f"```{language}\n{text.replace('```', '` ` `')}\n```"
 
 
 def _folded(title: str, lines: Iterable[str]) -> str:

@@ -31,10 +31,11 @@ def read_report(folder: str | Path) -> Report:
             f"{str(folder)!r} has no {PRUNING_FILE}, which says what was pruned; "
             "write it with hf_prune.save_pretrained(model, folder, report=report)."
         )
-    return parse_report(_json(path))
+    return parse_report(read_json(path))
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file holds. Raises `CheckpointError` where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -52,7 +53,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     path = next((each for each in states if each.is_file()), None)
     if path is None:
         return []
-    state = _json(path)
+    state = read_json(path)
     history = state.get("log_history", []) if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise CheckpointError(f"{path} has no log_history, a list of objects.")

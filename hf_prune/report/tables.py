@@ -9,7 +9,7 @@ from hf_prune.types import Report
 
 
 def methods_table() -> list[dict[str, Any]]:
-    """One row a method of `METHODS`: its name, paper, goals, status of the paper's text, whether it trains."""
+    """One row a method of `METHODS`: its name, idea, paper, goals, status of the paper's text, whether it trains."""
     return [_row(name) for name in methods.METHODS]
 
 
@@ -19,7 +19,7 @@ def _row(name: str) -> dict[str, Any]:
     return {
         "method": name,
         "config": module.Config.__name__,
-        "summary": (module.__doc__ or "").split("\n", 1)[0],
+        "idea": _idea(module.__doc__ or ""),
         "title": paper.title,
         "cite": f"{_first_author(paper.authors)} {paper.year}",
         "arxiv": paper.arxiv,
@@ -27,6 +27,12 @@ def _row(name: str) -> dict[str, Any]:
         "goals": list(module.GOALS),
         "needs_training": module.NEEDS_TRAINING,
     }
+
+
+def _idea(doc: str) -> str:
+    """What a method's docstring says in its first sentence: after the name, without the source in brackets."""
+    first = " ".join(doc.split("\n\n", 1)[0].split())
+    return (first.partition(": ")[2] or first).partition(" (")[0].rstrip(".")
 
 
 def _first_author(authors: str) -> str:

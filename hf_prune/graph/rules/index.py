@@ -92,6 +92,16 @@ def index_put(
     return x
 
 
+def index_add(flow: Any, node: Any, x: Shape, dim: int, places: Shape, values: Shape, *_: Any, **__: Any) -> Shape:
+    """`x[places] += values` along `dim`; also `index_copy`."""
+    for position, (own, other) in enumerate(zip(x, values, strict=True)):
+        if position == int(dim) % len(x):
+            freeze(own + other, CHOSEN)
+        else:
+            unify(own, other)
+    return x
+
+
 def _indexed(
     node: Any, x: Shape, indices: Sequence[Shape | None]
 ) -> tuple[tuple[Dim, ...], list[Dim] | None, tuple[Dim, ...]]:
@@ -176,6 +186,7 @@ RULES: dict[str, Rule] = {
     "select": select,
     "index": index,
     "index_put": index_put,
+    **dict.fromkeys(("index_add", "index_copy"), index_add),
     "gather": gather,
     "index_select": index_select,
     "embedding": embedding,

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from hf_prune.graph.axes import Dim, Shape, freeze, fresh, size
-from hf_prune.graph.dims import concatenate, divide
+from hf_prune.graph.dims import concatenate, divide, unify
 from hf_prune.graph.rules.pointwise import Rule
 from hf_prune.graph.traced_int import TracedInt
 
@@ -97,6 +97,14 @@ def pixel_unshuffle(flow: Any, node: Any, x: Shape, factor: int) -> Shape:
     return Shape((*x[:-3], channels, *(fresh(size(dim) // int(factor), "position") for dim in x[-2:])))
 
 
+def grid_sample(flow: Any, node: Any, x: Shape, grid: Shape, *_: Any, **__: Any) -> Shape:
+    """`(N, C, *places)` read at `(N, *new places, coordinates)`."""
+    unify(x[0], grid[0])
+    for dim in (*x[2:], grid[-1]):
+        freeze(dim, "position")
+    return Shape((*x[:2], *grid[1:-1]))
+
+
 def _outer(channels: Dim, block: int) -> Dim:
     """The outer factor of `channels = (outer, block)`; the block, a piece of the image, is frozen."""
     divided = divide(channels, block)
@@ -120,6 +128,7 @@ def channel_shuffle(flow: Any, node: Any, x: Shape, groups: int) -> Shape:
 RULES: dict[str, Rule] = {
     "pad": pad,
     "constant_pad_nd": constant_pad,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), grid_sample),
     "im2col": unfold_image,
     "col2im": fold_image,
     "pixel_shuffle": pixel_shuffle,

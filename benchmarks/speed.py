@@ -1,0 +1,163 @@
+"""What half of the multiply-adds saves in time and memory: ResNet-50 and BERT-base shapes, dense beside shrunk.
+
+    python benchmarks/speed.py            # writes benchmarks/results/speed.json
+    python benchmarks/speed.py --quick    # tiny shapes: shows that it runs
+    python benchmarks/speed.py --table    # the finished cells
+
+Time: medians of interleaved rounds with one thread; the gain is the speed-up over the cut of multiply-adds, its goal
+0.88. "per_group" plans keep the same share of every group, "global" ones the largest mean weights of all groups, which
+are random here, so that widths are uneven for no reason. `multiple` rounds the widths of the plan to multiples of it,
+at the same multiply-adds.
+Memory: what a fresh process holds at its peak, while it loads the saved narrow model and runs it once, beyond what it
+held after its imports, over the bytes of the parameters; the goal is 1.3. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import Cell, Store, arguments, open_store, run
+from shapes import INPUTS, build, forward
+from torch import Tensor, nn
+
+from hf_prune import MagnitudeConfig, Pruner
+from hf_prune.checkpoint import save_pretrained
+from hf_prune.graph import Graph, shrink, trace
+from hf_prune.timing import compare
+from hf_prune.types import Plan
+
+KEPT = 0.5
+GOALS = {"gain over multiply-add cut": 0.88, "peak over parameter bytes": 1.3}
+MULTIPLES = (1, 8, 16, 32)
+
+
+def half(model: nn.Module, inputs: Mapping[str, Tensor], scope: str) -> Plan:
+    """The plan of magnitude pruning that keeps half of the multiply-adds; the model stays as it is."""
+    pruner = Pruner(copy.deepcopy(model), MagnitudeConfig(target_flops=KEPT, scope=scope), inputs)
+    pruner.attach()
+    pruner.step(1, 1)
+    return {name: keep.clone() for name, keep in pruner.plan.items()}
+
+
+def rounded(graph: Graph, plan: Plan, multiple: int) -> Plan:
+    """Widths of `plan` times a common factor, to the nearest multiple, such that half of the multiply-adds stays."""
+    if multiple == 1:
+        return plan
+    dense, low, high = graph.price().multiply_adds, 0.5, 2.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = graph.price(_stretched(plan, middle, multiple)).multiply_adds <= KEPT * dense
+        low, high = (middle, high) if fits else (low, middle)
+    return _stretched(plan, low, multiple)
+
+
+def _stretched(plan: Plan, factor: float, multiple: int) -> Plan:
+    stretched = {}
+    for name, keep in plan.items():
+        step = multiple if len(keep) >= 4 * multiple else 1  # heads are few, and no dimension of a product
+        count = round(factor * int(keep.sum()) / step) * step
+        stretched[name] = torch.arange(len(keep)) < min(max(count, step), len(keep))
+    return stretched
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model, inputs = build(cell["model"], cell["quick"])
+    graph = trace(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
+    plan = rounded(graph, half(model, graph.inputs, cell["plan"]), cell["multiple"])
+    cut = graph.price().multiply_adds / graph.price(plan).multiply_adds
+    narrow = copy.deepcopy(model)
+    shrink(narrow, graph, plan)
+    functions = {"dense": forward(model, inputs), "narrow": forward(narrow, inputs)}
+    times = compare(functions, rounds=3 if cell["quick"] else 41, least_ms=5.0)
+    speed_up = times["dense"].median_ms / times["narrow"].median_ms
+    result = {
+        "multiply_adds_cut": cut,
+        "speed_up": speed_up,
+        "gain": speed_up / cut,
+        "dense_ms": vars(times["dense"]),
+        "narrow_ms": vars(times["narrow"]),
+        "kept": {name: f"{int(keep.sum())}/{len(keep)}" for name, keep in plan.items()},
+    }
+    return {**result, **memory(narrow, cell)} if cell["multiple"] == 1 else result
+
+
+def memory(model: Any, cell: Cell) -> dict[str, float]:
+    """Peak of a process that opens the saved `model` and runs it once."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        command = [sys.executable, __file__, "--peak-of", folder, cell["model"], str(int(cell["quick"]))]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return json.loads(answer)
+
+
+def peak(folder: str, name: str, quick: bool) -> dict[str, float]:
+    """In a fresh process: bytes beyond the imports', with the model's class imported."""
+    tiny, given = build(name, True)
+    forward(tiny, given)()  # whatever torch sets up at its first call is no part of the model
+    kind, inputs = type(tiny), INPUTS[name](quick)
+    del tiny
+    baseline = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    loaded = kind.from_pretrained(folder).eval()
+    after_load = _status("VmHWM")
+    forward(loaded, inputs)()
+    size = sum(parameter.nbytes for parameter in loaded.parameters())
+    return {
+        "parameter_bytes": size,
+        "peak_after_load_over_parameters": (after_load - baseline) / size,
+        "peak_over_parameters": (_status("VmHWM") - baseline) / size,
+    }
+
+
+def _status(field: str) -> int:
+    """A line of what Linux says about this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def table(store: Store) -> str:
+    lines = [
+        "| model | plan | multiple | multiply-adds cut | speed-up | gain | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, result in store.content["cells"].items():
+        cell = dict(part.split("=") for part in name.split(" "))
+        held = f"{result['peak_over_parameters']:.2f}" if "peak_over_parameters" in result else "-"
+        lines.append(
+            f"| {cell['model']} | {cell['plan']} | {cell['multiple']} | {result['multiply_adds_cut']:.2f} | "
+            f"{result['speed_up']:.2f} | {result['gain']:.2f} | {held} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if "--peak-of" in sys.argv:
+        folder, name, quick = sys.argv[sys.argv.index("--peak-of") + 1 :]
+        torch.set_num_threads(1)
+        print(json.dumps(peak(folder, name, bool(int(quick)))))
+        return
+    options = arguments(__doc__.splitlines()[0])
+    store = open_store("speed", options.quick)
+    if not options.table:
+        cells = [
+            {"model": model, "plan": plan, "multiple": multiple, "quick": options.quick}
+            for model in INPUTS
+            for plan in ("per_group", "global")
+            for multiple in (MULTIPLES[:2] if options.quick else MULTIPLES)
+        ]
+        run(cells, measure, store, workers=1)  # one at a time: they are timed
+        store.write(goals=GOALS)
+    print(table(store))
+
+
+if __name__ == "__main__":
+    main()
