@@ -283,11 +283,11 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths, layers = [1, 16, 16, 16, 16], []
+        widths, layers = [1, WIDTH, WIDTH, WIDTH, WIDTH], []
         for place, (a, b) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if place == 1 else []
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(16, 10)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(WIDTH, 10)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         logits = self.head(self.body(pixel_values).mean((2, 3)))
@@ -295,6 +295,7 @@ class Small(nn.Module):
 
 
 NOISE = 2.0
+WIDTH = 32
 
 
 def _patterns(rows: int, seed: int) -> dict[str, Tensor]:

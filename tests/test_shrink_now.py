@@ -271,7 +271,7 @@ class Widths(TrainerCallback):
         self.seen.append(sum(parameter.numel() for parameter in model.parameters()))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resumed_training_is_bit_identical(tmp_path: Path, bf16: bool) -> None:
     widths = Widths()
     whole = _trainer(tmp_path, widths, bf16=bf16)
