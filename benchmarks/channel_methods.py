@@ -71,12 +71,12 @@ def small_resnet() -> PreTrainedModel:
 TASKS = {
     "fashion": Task(
         load_fashion_mnist, small_resnet, ("*.layer.0.convolution",), 670, {0.5: SEEDS, 0.3: (0,)},
-        {"rows": 55_000, "dense_steps": 6000, "steps": 1500, "batch": 64},
+        {"rows": 55_000, "dense_steps": 6000, "steps": 1200, "batch": 64},
         {"rows": 2000, "dense_steps": 100, "steps": 60, "batch": 32},
     ),
     "emoji": Task(
         load_emoji, lambda: load_mobilenet_v2(9), ("*.expand_1x1.convolution",), 7000, {0.5: SEEDS},
-        {"rows": 3030, "dense_steps": 480, "steps": 300, "batch": 32},
+        {"rows": 3030, "dense_steps": 480, "steps": 240, "batch": 32},
         {"rows": 200, "dense_steps": 20, "steps": 30, "batch": 8},
     ),
 }  # fmt: skip
@@ -115,13 +115,51 @@ def gate_decorator(scale: Scale) -> list[dict[str, Any]]:
     return [{"config": {**pace, "residual": residual}, "training": constant} for residual in (False, True)]
 
 
+def dmcp(scale: Scale) -> list[dict[str, Any]]:
+    """A fifth of the steps trains the probabilities, from an expected width of a quarter."""
+    pace = {"begin": 0.1, "end": 0.5, "alpha_lr": min(5.0 * 1500 / scale.steps, 20.0)}
+    return [{"config": {**pace, "residual": residual}} for residual in (False, True)]
+
+
+def bwcp(scale: Scale) -> list[dict[str, Any]]:
+    """Whitening sets in over a fifth of the steps; three tenths tune what the cut leaves."""
+    pace = {"ramp": 0.2, "begin": 0.1, "end": 0.7}
+    return [
+        {"config": {**pace, "lambda1": pull, "lambda2": pull, "residual": residual}}
+        for pull in (1e-2, 1e-1)
+        for residual in (False, True)
+    ]
+
+
+def c2s2(scale: Scale) -> list[dict[str, Any]]:
+    """The budget is wide, so that the goal stops the selection, and floors keep the first layers from paying for all.
+
+    Gates can go to 0 in one of the two rounds that each of some ten layers has.
+    """
+    pace = {"rounds": 2, "select_share": 0.5, "end": 0.7, "gate_lr": 2 * 10 / (0.5 * 0.7 * scale.steps)}
+    guard = {"tau_total": 20.0, "guard_batches": 10, "sparsity_weight": 0.1, "order": "flops"}
+    return [
+        {"config": {**pace, **guard, "min_keep": floor, "residual": residual}}
+        for floor, residual in ((0.25, False), (0.4, False), (0.5, True))
+    ]
+
+
+def prunenet(scale: Scale) -> list[dict[str, Any]]:
+    """The optimisation reads a fifth as many batches as training does."""
+    pace = {**EARLY, "fit_batches": scale.steps // 5, "variance_batches": max(1, scale.steps // 20)}
+    return [{"config": {**pace, "fit_lr": 2e-2, "residual": residual}} for residual in (False, True)]
+
+
 TRIALS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
     "uniform L1": lambda scale: l1(scope="per_group"),
     "global L1": lambda scale: l1(scope="global"),
     "random": lambda scale: l1(scope="per_group", score="random")[:1],
     "resrep": resrep,
     "gate_decorator": gate_decorator,
-    "dmcp": lambda scale: [{"config": {"begin": 0.1, "end": 0.5, "alpha_lr": 5.0}}],
+    "dmcp": dmcp,
+    "bwcp": bwcp,
+    "c2s2": c2s2,
+    "prunenet": prunenet,
     "play_and_prune": lambda scale: [
         {"config": {"iteration_steps": max(1, scale.steps // 30), "lasso_weight": 1e-3, "end": 0.7}}
     ],

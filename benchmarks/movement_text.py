@@ -63,25 +63,9 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     tokenizer, data = tokenized_rows(cell["rows"])
     set_seed(cell["seed"])
     model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
-    arguments = TrainingArguments(
-        str(_folder(cell) / "run"),
-        per_device_train_batch_size=cell["batch"],
-        per_device_eval_batch_size=64,
-        num_train_epochs=cell["epochs"],
-        learning_rate=cell["lr"],
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        train_sampling_strategy="group_by_length",
-        seed=cell["seed"],
-        save_strategy="no",
-        logging_steps=50,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
     common = {
         "model": model,
-        "args": arguments,
+        "args": training_arguments(cell),
         "train_dataset": data["train"],
         "data_collator": DataCollatorWithPadding(tokenizer),
         "processing_class": tokenizer,
@@ -101,17 +85,42 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - begin
     if cell["method"] == "dense":
-        trainer.save_model(_teacher_folder(cell))
+        trainer.save_model(dense_folder(cell))
         if cell["seed"] == 0:
             answers = predict(trainer.model, data["train"], common["data_collator"]).tolist()
             table = {tuple(ids): row for ids, row in zip(data["train"]["input_ids"], answers, strict=True)}
             torch.save(table, teacher_answers(cell))
-    correct = {}
-    for split in ("validation", "test"):
-        hit = predict(trainer.model, data[split], common["data_collator"]).argmax(-1) == np.array(data[split]["label"])
-        correct[split] = "".join(str(int(each)) for each in hit)
     reached = trainer.report.sparsity if cell["method"] != "dense" else 0.0
+    correct = correctness(trainer.model, data, common["data_collator"])
     return {"correct": correct, "seconds": round(seconds, 1), "sparsity": reached}
+
+
+def training_arguments(cell: Cell) -> TrainingArguments:
+    """How the cell's model trains."""
+    return TrainingArguments(
+        str(_folder(cell) / "run"),
+        per_device_train_batch_size=cell["batch"],
+        per_device_eval_batch_size=64,
+        num_train_epochs=cell["epochs"],
+        learning_rate=cell["lr"],
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        train_sampling_strategy="group_by_length",
+        seed=cell["seed"],
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
+def correctness(model: torch.nn.Module, data: DatasetDict, collator: DataCollatorWithPadding) -> dict[str, str]:
+    """0 or 1 for each row of validation and test, in one line each."""
+    hits = {split: predict(model, data[split], collator).argmax(-1) for split in ("validation", "test")}
+    return {
+        split: "".join(str(int(each)) for each in hit == np.array(data[split]["label"])) for split, hit in hits.items()
+    }
 
 
 def tokenized_rows(limit: int) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
@@ -138,7 +147,7 @@ class Remembering(torch.nn.Module):
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.config = AutoConfig.from_pretrained(_teacher_folder(cell))
+        self.config = AutoConfig.from_pretrained(dense_folder(cell))
         self.answers = torch.load(teacher_answers(cell), weights_only=True)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
@@ -151,10 +160,11 @@ def _folder(cell: Cell) -> Path:
 
 
 def teacher_answers(cell: Cell) -> Path:
-    return Path(_teacher_folder(cell)) / "answers.pt"
+    return Path(dense_folder(cell)) / "answers.pt"
 
 
-def _teacher_folder(cell: Cell) -> str:
+def dense_folder(cell: Cell) -> str:
+    """Where the dense model that the cell begins or learns from is kept."""
     seed = cell["seed"] if cell["method"] == "dense" else 0
     return str(_folder(cell) / f"dense-{seed}")
 

@@ -306,7 +306,9 @@ class Pruner:
             raise PruneError(
                 "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
             )
-        self.model.load_state_dict(self._snapshot["model"])
+        # In place: loading would first give tensors of narrowed models their shapes, and DDP then no longer sees them.
+        for name, value in self.model.state_dict().items():
+            value.copy_(self._snapshot["model"][name])
         if self._optimizer is not None and self._snapshot["moments"]:
             self._optimizer.set_moments(self._snapshot["moments"])
 

@@ -19,7 +19,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     import cells
 
     yield cells
-    for name in ("cells", "movement_text", "channel_methods", "images"):
+    for name in ("cells", "movement_text", "channel_methods", "images", "training_methods"):
         sys.modules.pop(name, None)
 
 
@@ -96,3 +96,20 @@ def test_bars_say_what_is_met(harness: Any) -> None:
         "resrep loses at most 0.5": "MISSED",
         "play_and_prune within 1.0 in 9 of 10": "MISSED",
     }
+
+
+def test_training_methods_claims_come_from_finished_cells(harness: Any, tmp_path: Path) -> None:
+    import training_methods
+
+    cells = [training_methods.row_cell(name, 0, False) for name in training_methods.rows()]
+    assert len({harness.key(cell) for cell in cells}) == len(cells)
+    store = harness.Store(tmp_path / "results.json")
+    empty = training_methods.summarise(store, quick=True)
+    assert all(value is None for value in empty["claims"].values())
+    for name, test, cost in (("while training, l1", 90.0, 60.0), ("L1 at once", 91.0, 30.0)):
+        result = {"test": test, "cost": cost, "step_time": 0.5, "validation_after_the_cut": 50.0}
+        store.add(training_methods.row_cell(name, 0, True), result)
+    claims = training_methods.summarise(store, quick=True)["claims"]
+    assert claims["while training, l1 - train and retrain, points"] == -1.0
+    # 60 dense steps against 120 of the dense training and 30 of retraining.
+    assert claims["while training: multiply-adds of training saved against train and retrain (paper: 0.41)"] == 0.6

@@ -311,6 +311,7 @@ def _slimmed(weight: float, steps: int, kept: float) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_penalty_cuts_and_the_cut_costs_nothing() -> None:
     before, after, kept = _whitened(0.12, steps=600)
     assert kept < 0.7 and after > before - 0.5

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny_cli import cli
 from tiny_files import save_image_model, save_pictures, save_reviews, save_text_model
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,7 +29,8 @@ from transformers import (
 )
 
 from hf_prune import DistillConfig, MovementConfig, PruneTrainer
-from hf_prune.cli.data import Source, load_labelled
+from hf_prune.cli.data import Source, as_model_counts, load_labelled
+from hf_prune.report.reading import read_report
 
 QUICK = "--use-cpu --learning-rate 1e-2 --disable-tqdm true --eval-strategy no --save-strategy no".split()
 MOVEMENT = "--method movement --final-sparsity 0.5".split()
@@ -116,10 +118,14 @@ def test_without_a_method_it_fine_tunes_what_can_then_teach(files: dict[str, str
 
 
 def test_a_config_file_and_an_option_that_wins(files: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(MovementConfig(final_sparsity=0.5, score_lr=0.5).to_json())
+    (tmp_path / "config.json").write_text(MovementConfig(final_sparsity=0.5, score_lr=0.5, seed=7).to_json())
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], "-o", tmp_path / "out", *QUICK]
     own = ["--config", tmp_path / "config.json", "--final-sparsity", 0.25, "--max-steps", 4, "--json"]
     assert cli(*words, *own).result["sparsity"] == pytest.approx(0.25, abs=0.01)
+    used = read_report(tmp_path / "out").config
+    assert used == MovementConfig(final_sparsity=0.25, score_lr=0.5, seed=7).to_dict()
+    assert cli(*words, *own, "--overwrite", "--seed", 3).code == 0
+    assert read_report(tmp_path / "out").config["seed"] == 3
 
 
 def test_a_new_head_for_other_classes(files: dict[str, str], tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_labels_are_numbered_the_same_in_every_split(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_ends_as_if_nothing_had_happened(files: dict[str, str], tmp_path: Path) -> None:
-    own = "--method movement --final-sparsity 0.5 --max-steps 300 --eval-strategy no --save-strategy no".split()
+    own = "--method movement --final-sparsity 0.5 --max-steps 120 --eval-strategy no --save-strategy no".split()
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, "--use-cpu", "--logging-steps", "5"]
     command = [sys.executable, "-m", "hf_prune", *words, "-o", str(tmp_path / "stopped")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -216,3 +222,14 @@ def test_two_processes_train_one_model(files: dict[str, str], tmp_path: Path) ->
     for name, value in two.items():
         if not name.endswith(("_gaps", "_bitmask")):
             assert value.shape == one[name].shape and (value - one[name]).abs().max() <= 1e-4, name
+
+
+def test_a_trained_model_reads_the_classes_in_its_own_order(files: dict[str, str]) -> None:
+    data = load_labelled(Source(files["reviews"]), ())
+    config = AutoConfig.from_pretrained(files["text"], id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+    turned = as_model_counts(data, config)
+    assert turned.names == ["good", "bad"] and data.names == ["bad", "good"]
+    assert turned.splits["train"]["labels"] == [1 - label for label in data.splits["train"]["labels"]]
+    assert turned.splits["train"]["text"] == data.splits["train"]["text"]
+    unnamed = AutoConfig.from_pretrained(files["text"])
+    assert as_model_counts(data, unnamed) is data

@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import digits
 import pytest
 import torch
 from datasets import Dataset
 from scipy.stats import chisquare
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -281,67 +281,17 @@ def test_bad_settings(settings: dict[str, Any], complaint: str) -> None:
         PruneWhileTrainingConfig(**settings)
 
 
-def _wide_net() -> nn.Module:
-    """Four convolutions, ten classes."""
-    widths, layers = (1, 24, 24, 48, 48), []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        layers += [nn.Conv2d(a, b, 3, stride=1 + i % 2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
-
-
-def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Noisy 8 x 8 digits of scikit-learn, 1,200 to train on and 597 to test on."""
-    digits, generator = load_digits(), torch.Generator().manual_seed(0)
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    images += 0.5 * torch.randn(images.shape, generator=generator)
-    order = torch.randperm(len(images), generator=generator)
-    images, labels = images[order], torch.tensor(digits.target)[order]
-    return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
-
-
-def _train_wide(
-    score: str | None, seed: int, data: tuple[Tensor, Tensor], epochs: int
-) -> tuple[nn.Module, list[float]]:
-    """The trained net, and the multiply-adds of each step as a share of a dense one's."""
-    torch.manual_seed(seed)
-    model, (images, labels) = _wide_net(), data
-    example, steps = {"input": images[:2]}, epochs * len(images) // 64
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    pruner = None
-    if score:
-        config = PruneWhileTrainingConfig(target_units=0.2, score=score, seed=seed)
-        pruner = Pruner(model, config, example, data=[{"input": images[i : i + 64]} for i in range(0, 512, 64)])
-        pruner.attach()
-        optimizer = pruner.wrap(optimizer)
-        pruner.step(0, steps)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rows, costs = torch.Generator().manual_seed(seed), []
-    dense = trace(_wide_net(), example)
-    for step in range(1, steps + 1):
-        batch = torch.randint(0, len(images), (64,), generator=rows)
-        costs.append(dense.price(pruner.plan if pruner else None).multiply_adds / dense.price().multiply_adds)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        cosine.step()
-        if pruner:
-            pruner.step(step, steps)
-    if pruner:
-        pruner.finalize()
-    return model.eval(), costs
-
-
 @pytest.mark.slow
 def test_l1_loses_little_and_least_for_less_than_retraining_costs() -> None:
     """80 % of the filters of four convolutions; means of five seeds."""
-    train, test = _digits()
+    train, test = digits.load()
     hits: dict[str | None, list[float]] = {}
     costs: dict[str | None, list[float]] = {}
     for seed in range(5):
         for score in (None, "l1", "mean_activation", "random"):
-            model, costs[score] = _train_wide(score, seed, train, epochs=20)
-            with torch.no_grad():
-                hits.setdefault(score, []).append(100 * (model(test[0]).argmax(1) == test[1]).float().mean().item())
+            pruning = score and PruneWhileTrainingConfig(target_units=0.2, score=score, seed=seed)
+            model, costs[score] = digits.train(digits.net(seed), pruning, train, seed, epochs=20)
+            hits.setdefault(score, []).append(digits.accuracy(model, test))
     mean = {score: sum(values) / 5 for score, values in hits.items()}
     assert mean["l1"] >= mean["random"] and mean["l1"] >= mean["mean_activation"], mean
     assert mean["l1"] >= mean[None] - 5.0, mean  # a fifth of 24 and 48 filters is little; the abstract: under 1 point

@@ -94,8 +94,11 @@ def as_model_counts(data: Labelled, config: Any) -> Labelled:
         return data
     names = sorted(known, key=known.__getitem__)
     turned = [names.index(name) for name in data.names]
-    splits = data.splits.map(lambda row: {"labels": turned[row["labels"]]})
-    return Labelled(splits.cast_column("labels", ClassLabel(names=names)), names, data.notes)
+    splits = {
+        split: _labelled(rows, "labels", [turned[label] for label in rows["labels"]], names)
+        for split, rows in data.splits.items()
+    }
+    return Labelled(DatasetDict(splits), names, data.notes)
 
 
 def _some(names: Collection[str]) -> str:
@@ -232,14 +235,19 @@ def _classes(rows: Dataset, column: str) -> list[str]:
 
 def _numbered(rows: Dataset, column: str, names: Sequence[str], split: str) -> Dataset | None:
     """`rows` with the column `labels`; None for test rows without labels."""
-    values = rows[column] if column in rows.column_names else [None]
+    values: list[Any] = list(rows[column]) if column in rows.column_names else [None]
     if split == "test" and all(value is None or value == -1 for value in values):
         return None
     if isinstance(rows.features[column], ClassLabel):
-        return rows if column == "labels" else rows.rename_column(column, "labels")
+        return rows if column == "labels" else _labelled(rows, column, values, names)
     numbers = {name: i for i, name in enumerate(names)}
     unknown = {str(value) for value in values} - set(numbers)
     if unknown:
         raise PruneError(f"column {column!r} of the {split} rows has {sorted(unknown)[:5]}, which no training row has.")
-    labels = [numbers[str(value)] for value in values]
-    return rows.remove_columns(column).add_column("labels", labels).cast_column("labels", ClassLabel(names=list(names)))
+    return _labelled(rows, column, [numbers[str(value)] for value in values], names)
+
+
+def _labelled(rows: Dataset, column: str, labels: list[int], names: Sequence[str]) -> Dataset:
+    """`rows` with `labels` in the column of that name, and without `column`; no other column is read."""
+    gone = [name for name in {column, "labels"} if name in rows.column_names]
+    return rows.remove_columns(gone).add_column("labels", labels).cast_column("labels", ClassLabel(names=list(names)))

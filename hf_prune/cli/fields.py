@@ -152,8 +152,8 @@ def _own_comments(config: type) -> Iterator[tuple[str, str]]:
 
 def _without_none(hint: Any) -> Any:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (kind,) = [each for each in typing.get_args(hint) if each is not type(None)]
-        return kind
+        kinds = [each for each in typing.get_args(hint) if each is not type(None)]
+        return kinds[0] if len(kinds) == 1 else Any
     return hint
 
 

@@ -67,7 +67,9 @@ def train(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of an image's side, if not the model's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the data's order, a new head, dropout and the method.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the data's order, a new head, dropout and the method; 0.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     as_json: Json = False,
@@ -84,9 +86,9 @@ def train(
 
     words, pruning = list(context.args), None
     if method is not None or config is not None:
-        pruning, words = pruning_options(method, config, words, seed=seed)
+        pruning, words = pruning_options(method, config, words, **({"seed": seed} if seed is not None else {}))
     distillation, words = _distillation(words, teacher, pruning)
-    arguments = _training_arguments(context, words, output, seed, pruning)
+    arguments = _training_arguments(context, words, output, seed or 0, pruning)
     settings = pruning.make() if pruning is not None else None
     _check_output(output, resume, overwrite, arguments)
     source = Source(data, eval_data, test_data, subset, eval_split, label_column, rows)

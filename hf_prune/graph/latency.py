@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from hf_prune.graph.axes import Axis, Cat, Dim, Shape, flat, leaves
 from hf_prune.graph.rules import name_of
-from hf_prune.graph.trace import Inputs, call, distinct_tensors
+from hf_prune.graph.trace import Inputs, arguments, distinct_tensors
 from hf_prune.timing import compare, machine
 from hf_prune.types import Plan
 
@@ -164,7 +164,8 @@ class Latency:
         work = _work_of(flow, set(axes.values()))
         known = _on_first_process(lambda: self._measured(work))
         self.dense: float = known[self._name]
-        runs = [(each, _rising(each, known)) for each in work if each.key({}) in known]
+        able = [each for each in work if all(each.key(point) in known for point in each.points())]
+        runs = [(each, _rising(each, known)) for each in able]
         self._work = [(each, table) for each, table in runs if each.widths]
         whole = sum(table[-1] for _, table in runs)
         # What lies beside the operations does not shrink with them; operations that take less in company do.
@@ -186,10 +187,9 @@ class Latency:
             jobs = {each.key(point): point for point in each.points()}
             missing = {name: point for name, point in jobs.items() if name not in self.table.numbers}
             if missing:
-                self.table.numbers |= self._run_alone(each, missing)
+                self.table.keep(self._run_alone(each, missing))
         if self._name not in self.table.numbers:
-            self.table.numbers[self._name] = self.measure({self._name: self._forward(self.model)})[self._name]
-        self.table.keep({})
+            self.table.keep(self.measure({self._name: self._forward(self.model)}))
         return self.table.numbers
 
     @torch.no_grad()
@@ -203,13 +203,8 @@ class Latency:
         return self.measure(jobs)
 
     def _forward(self, model: nn.Module) -> Callable[[], Any]:
-        tensors = distinct_tensors(model)
-
-        @torch.no_grad()
-        def forward() -> None:
-            call(model, tensors, self.inputs)
-
-        return forward
+        args, kwargs = arguments(model, self.inputs)
+        return torch.no_grad()(lambda: model(*args, **kwargs))
 
     def at(self, plan: Plan | None = None) -> float:
         """What the model would take under `plan`."""

@@ -115,10 +115,15 @@ def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
     """The tensors that `model` answers with when its parameters and buffers are `tensors`."""
+    return answers(functional_call(model, dict(tensors), *arguments(model, inputs)))
+
+
+def arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How to call `model` on `inputs`, without caches for later tokens."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     if "use_cache" in signature(model.forward).parameters:
         kwargs.setdefault("use_cache", False)
-    return answers(functional_call(model, dict(tensors), args, kwargs))
+    return args, kwargs
 
 
 def answers(output: Any) -> list[Tensor]:

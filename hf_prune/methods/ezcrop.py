@@ -96,13 +96,14 @@ def energy_outside(maps: Tensor, alpha: float) -> Tensor:
     """
     height, width = maps.shape[-2:]
     zone = half_width(height, width, alpha)
-    spectrum = torch.fft.rfft2(maps.to(torch.promote_types(maps.dtype, torch.float32))).abs().log1p()
-    twice = torch.full((spectrum.shape[-1],), 2.0, dtype=spectrum.dtype, device=maps.device)
+    spectrum = torch.fft.rfft2(maps.to(torch.promote_types(maps.dtype, torch.float32)))
+    amplitude = torch.view_as_real(spectrum).square().sum(-1).sqrt_().log1p_()  # several times as fast as abs()
+    twice = torch.full((amplitude.shape[-1],), 2.0, dtype=amplitude.dtype, device=maps.device)
     twice[0] = 1.0
     if width % 2 == 0:
         twice[-1] = 1.0
-    rows = spectrum @ twice  # (rows, C, height) over all columns
-    inside = spectrum[..., : zone + 1] @ twice[: zone + 1]
+    rows = amplitude @ twice  # (rows, C, height) over all columns
+    inside = amplitude[..., : zone + 1] @ twice[: zone + 1]
     near = inside[..., : zone + 1].sum(-1) + (inside[..., -zone:].sum(-1) if zone else 0.0)
     total = rows.sum(-1)
     return torch.where(total > 0, 1.0 - near / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)

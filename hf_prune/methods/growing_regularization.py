@@ -60,8 +60,9 @@ SMOOTHING = 0.9  # of the ratio of kept to pushed magnitude, in the authors' cod
 class GrowingRegularizationConfig(PruneConfig):
     """Penalties, ceilings and interval are the authors' ImageNet settings; their rates are SGD's at 1e-3.
 
-    Under SGD with momentum m a unit loses lr * Lambda / (1 - m) of itself in a step. Train without gradient clipping
-    where the penalty shall be compared with a gradient of full size.
+    Under SGD with momentum m a unit loses lr * Lambda / (1 - m) of itself in a step; under Adam every entry moves by
+    about one learning rate, so that a norm's scale of 1 needs some 1 / lr steps to vanish. Train without gradient
+    clipping where the penalty shall be compared with a gradient of full size.
     """
 
     method = "growing_regularization"
@@ -130,6 +131,11 @@ class GrowingPenalty:
         """Empty until units were chosen."""
         self.pushed = {each.name: _Pushed() for each in self.units}
 
+    @property
+    def weight(self) -> float:
+        """The highest penalty now, for logs."""
+        return max(each.penalty for each in self.pushed.values())
+
     def select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
         """Every unit until the cut, then those that were chosen to stay."""
         if share < 1.0:
@@ -164,7 +170,7 @@ class GrowingPenalty:
 
     def _pick(self, share: float) -> None:
         """Raise all penalties alike; at `pick_max`, which is 0 in GReg-1, choose by the sizes that are left."""
-        reached = max(each.penalty for each in self.pushed.values())
+        reached = self.weight
         if _reaches(reached, self.pick_max):
             self.keep = self.choose(self.sizes())
             return

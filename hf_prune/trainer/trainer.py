@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import HubStrategy, PredictionOutput, SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from hf_prune.config import PruneConfig
 from hf_prune.optimizer import PruneOptimizer
 from hf_prune.parts.distillation import DistillConfig, Teacher
-from hf_prune.parts.rounds import Build, Round
+from hf_prune.parts.rounds import Build
 from hf_prune.pruner import Pruner
-from hf_prune.report import chain
 from hf_prune.report.origin import describe_dataset, describe_training, scores
 from hf_prune.report.reading import STATE_FILE
-from hf_prune.rounds import RoundFolders
+from hf_prune.trainer.callback import PruneCallback, check_arguments
+from hf_prune.trainer.rounds import RoundsRun, rounds_complaint
+from hf_prune.trainer.sharing import card_facts, check_hub_strategy, push
 from hf_prune.types import PruneError, Report
-
-if TYPE_CHECKING:
-    from hf_prune.report.card import About
-
-FINAL_HUB_STRATEGY = HubStrategy.END
 
 
 class PruneTrainer(Trainer):
@@ -66,18 +50,18 @@ class PruneTrainer(Trainer):
         # Trainer leaves a loss undivided by accumulation steps where the model's forward takes keywords, trusting it to
         # use `num_items_in_batch`; BERT's classification heads take it and ignore it. A mean per batch is always right.
         self.model_accepts_loss_kwargs = False
-        _check_arguments(self.args, self.model_init)
+        check_arguments(self.args, self.model_init)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise PruneError(
                 "DeepSpeed and FSDP shard the weights that masks are made of, which PruneTrainer does not support; "
                 "use DistributedDataParallel (plain `accelerate launch --multi_gpu`)."
             )
         self.pruner = self._attached_pruner(pruning, teacher, distillation)
-        self._teacher, self._distillation, self._rounds = teacher, distillation, self.pruner.rounds
-        if self._rounds and (complaint := _rounds_complaint(self.model, self.optimizer)):
+        self._rounds = RoundsRun(self, teacher, distillation) if self.pruner.rounds else None
+        if self._rounds is not None and (complaint := rounds_complaint(self.model, self.optimizer)):
             self.pruner.detach()
             raise PruneError(complaint)
-        self._progress = _PruneCallback(self.pruner)
+        self._progress = PruneCallback(self.pruner)
         self.add_callback(self._progress)
 
     def _attached_pruner(
@@ -120,15 +104,8 @@ class PruneTrainer(Trainer):
                 "this PruneTrainer has finished its run; use transformers.Trainer to fine-tune the pruned model, "
                 "or a new PruneTrainer to prune it further."
             )
-        if self._rounds:
-            if not self.pruner.rounds:
-                raise PruneError(
-                    "this PruneTrainer was stopped inside a round; make a new one with the model as it was in the "
-                    "beginning, and train(resume_from_checkpoint=True)."
-                )
-            output = self._train_rounds(resume_from_checkpoint, *args, **kwargs)
-        else:
-            output = self._train_once(resume_from_checkpoint, *args, **kwargs)
+        train = self._train_once if self._rounds is None else self._rounds.train
+        output = train(resume_from_checkpoint, *args, **kwargs)
         if self.args.push_to_hub:
             self.save_model()
         return output
@@ -177,49 +154,6 @@ class PruneTrainer(Trainer):
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._note(metric_key_prefix, test_dataset, output.metrics or {})
         return output
-
-    def _train_rounds(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        whole, arguments, rounds = self.pruner, self.args, self._rounds
-        folders = RoundFolders(str(arguments.output_dir), len(rounds))
-        start, checkpoint = folders.resume_point(resume) if resume else (0, None)
-        whole.detach()
-        assert self.model is not None
-        if resume:
-            folders.restore(start, self.model)
-        else:
-            self._save_snapshot(folders, 0)
-        report = folders.report(start)
-        try:
-            for index, each in enumerate(rounds[start:], start):
-                self._begin_round(each, folders, index)
-                self.args = _with(arguments, output_dir=str(folders.round(index)), **each.arguments)
-                set_seed(arguments.seed + index)  # so that a round goes the same way in a new process
-                output = self._train_once(checkpoint, *args, **kwargs)
-                assert self.report is not None
-                report, checkpoint = chain(report, self.report) if report else self.report, None
-                self.pruner.report = whole.as_own(report)
-                if index + 1 < len(rounds):
-                    self._save_snapshot(folders, index + 1)
-        finally:
-            self.args = arguments
-        return output
-
-    def _begin_round(self, each: Round, folders: RoundFolders, index: int) -> None:
-        assert self.model is not None
-        teacher, distillation = self._teacher, self._distillation
-        if each.taught is not None:
-            teacher, distillation = [folders.load(i, like=self.model) for i in range(index + 1)], each.taught
-        elif teacher == "self":  # as it was in the beginning
-            teacher = folders.load(0, like=self.model)
-        self.pruner = self._attached_pruner(each.pruning, teacher, distillation, each.build)
-        self._progress.pruner = self.pruner
-
-    def _save_snapshot(self, folders: RoundFolders, index: int) -> None:
-        if self.args.should_save:
-            if index == 0:
-                folders.clear()
-            self._save_compact(str(folders.snapshot(index)))
-        self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, wrapped once."""
@@ -271,7 +205,7 @@ class PruneTrainer(Trainer):
         if self.args.should_save:
             self._save_compact(folder)
         if self.args.push_to_hub and not _internal_call and not self.pruner.attached:
-            self._push(folder, "Model save", self._about())  # of an unfinished run only the end is pushed
+            push(self, folder, "Model save", card_facts(self))  # of an unfinished run only the end is pushed
 
     def _save_compact(self, folder: str) -> None:
         from hf_prune.checkpoint import save_pretrained
@@ -285,7 +219,7 @@ class PruneTrainer(Trainer):
         """Make the repository of this run on the Hub, from process zero; one clear error where that cannot be."""
         from hf_prune.checkpoint.hub import create_repo
 
-        _check_hub_strategy(self.args)
+        check_hub_strategy(self.args)
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             private = self.args.hub_private_repo if private is None else private
@@ -303,7 +237,7 @@ class PruneTrainer(Trainer):
         self._require_finished("create_model_card")
         if self.is_world_process_zero():
             self._save_compact(str(self.args.output_dir))
-            write_card(str(self.args.output_dir), self._about(*args, **about))
+            write_card(str(self.args.output_dir), card_facts(self, *args, **about))
 
     def push_to_hub(
         self,
@@ -323,51 +257,9 @@ class PruneTrainer(Trainer):
             self.init_hf_repo(token=token, private=private)
         if self.is_world_process_zero():
             self._save_compact(str(self.args.output_dir))
-        return self._push(
-            str(self.args.output_dir), commit_message or "End of training", self._about(**about), blocking,
+        return push(
+            self, str(self.args.output_dir), commit_message or "End of training", card_facts(self, **about), blocking,
             token=token, revision=revision, private=private,
-        )  # fmt: skip
-
-    def _push(self, folder: str, message: str, about: About, blocking: bool = True, **given: Any) -> Any:
-        """Push a saved folder; the training arguments say what `given` (token, revision, private) leaves out."""
-        from hf_prune.checkpoint.hub import push_folder
-
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if not self.is_world_process_zero():
-            return None
-        usual = {
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "private": self.args.hub_private_repo,
-        }
-        options = usual | {name: value for name, value in given.items() if value is not None}
-        push = partial(push_folder, folder, str(self.hub_model_id), commit_message=message, about=about, **options)
-        if not blocking:
-            return HfApi().run_as_future(push)
-        try:
-            return push()
-        except PruneError as error:
-            again = f"`hf-prune push {folder} {self.hub_model_id}`"
-            raise PruneError(f"{error} The model is safe in {folder!r}; {again} pushes it.") from error
-
-    def _about(
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: Any = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: Any = None,
-        dataset_args: Any = None,
-    ) -> About:
-        """What the card says beside the report, under the names that `Trainer.create_model_card` has for it."""
-        from hf_prune.report.card import About
-
-        return About(
-            name=model_name, base_model=finetuned_from, datasets=_listed(dataset_tags), license=license,
-            language=_listed(language), tags=(*_listed(tags), *(getattr(self.model, "model_tags", None) or ())),
         )  # fmt: skip
 
     def _require_finished(self, call: str) -> None:
@@ -398,81 +290,3 @@ class PruneTrainer(Trainer):
         """Metrics on the validation rows, without the logs and callbacks of `evaluate`."""
         output = self.evaluation_loop(self.get_eval_dataloader(), "Validation", metric_key_prefix="eval")
         return dict(output.metrics or {})
-
-
-def _listed(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
-
-
-class _PruneCallback(TrainerCallback):
-    """Moves the pruner along with the optimizer steps."""
-
-    def __init__(self, pruner: Pruner) -> None:
-        self.pruner = pruner
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        _check_warmup(args, state.max_steps)
-        self.pruner.check_schedule(state.max_steps)
-        self.pruner.step(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.pruner.step(state.global_step, state.max_steps)
-        if not self.pruner.at_goal:
-            # A checkpoint that is not sparse enough yet must never count as the best one.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
-    ) -> None:
-        if self.pruner.attached and metrics:
-            self.pruner.observe(metrics)
-
-
-def _check_arguments(args: TrainingArguments, model_init: Any) -> None:
-    if model_init is not None:
-        raise PruneError("PruneTrainer prunes the model it is given; pass model= instead of model_init=.")
-    if args.n_gpu > 1:
-        raise PruneError(
-            f"{args.n_gpu} GPUs in one process train on copies of the model, which masks do not follow; "
-            "start one process for each GPU with `accelerate launch`, or show this one a single GPU."
-        )
-
-
-def _check_hub_strategy(args: TrainingArguments) -> None:
-    if args.push_to_hub and args.hub_strategy != FINAL_HUB_STRATEGY:
-        raise PruneError(
-            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would push checkpoints that only this run "
-            f"can read; set hub_strategy={FINAL_HUB_STRATEGY.value!r}."
-        )
-
-
-def _rounds_complaint(model: Any, optimizer: Any) -> str | None:
-    """Why the model cannot be trained in rounds, if so."""
-    if not isinstance(model, PreTrainedModel):
-        return f"a method in rounds saves and loads models, so it needs a PreTrainedModel, got {type(model).__name__}."
-    if optimizer is not None:
-        return (
-            "each round has an optimizer of its own; instead of optimizers=(...), set optim and learning_rate in the "
-            "training arguments."
-        )
-    return None
-
-
-def _with(arguments: TrainingArguments, **changes: Any) -> TrainingArguments:
-    """A copy with other values, in the types that `TrainingArguments` gives them."""
-    kinds = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
-    copied = copy.copy(arguments)
-    for name, value in changes.items():
-        if not hasattr(copied, name):
-            raise PruneError(f"a round sets the training argument {name!r}, which TrainingArguments does not have.")
-        setattr(copied, name, kinds[name](value) if name in kinds else value)
-    return copied
-
-
-def _check_warmup(args: TrainingArguments, max_steps: int) -> None:
-    warmup = args.get_warmup_steps(max_steps)
-    if warmup >= max_steps:
-        raise PruneError(
-            f"the learning-rate warm-up takes {warmup} steps and training only {max_steps}; "
-            "lower warmup_steps or train longer."
-        )
