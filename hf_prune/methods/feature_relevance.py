@@ -198,5 +198,4 @@ TINY = {
     "mask": FeatureRelevanceConfig(
         target_flops=0.7, begin=0.2, end=0.8, rounds=2, residual=True, class_weight="equal", removal="mask"
     ),
-    "per_group": FeatureRelevanceConfig(target_units=0.6, begin=0.2, scope="per_group", rounds=1, alpha=1.0),
 }
