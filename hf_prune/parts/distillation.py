@@ -89,7 +89,7 @@ def logits_divergence(
 
 
 def _classes_last(logits: Tensor) -> Tensor:
-    """Logits as they are, or those of a segmentation, `(batch, classes, height, width)`, with the classes at the end."""
+    """Logits as they are; those of a segmentation, `(batch, classes, height, width)`, with the classes at the end."""
     return logits.movedim(1, -1) if logits.ndim == 4 else logits
 
 
