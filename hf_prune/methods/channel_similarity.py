@@ -312,7 +312,6 @@ def build(model: nn.Module, graph: Any, config: ChannelSimilarityConfig) -> Reci
 TINY = {
     "filter": ChannelSimilarityConfig(target_params=0.7, begin=0.2),
     "empirical": ChannelSimilarityConfig(target_flops=0.7, begin=0.2, correlation="empirical", residual=True),
-    "independent": ChannelSimilarityConfig(target_units=0.6, begin=0.2, correlation="independent", repair="none"),
     "distribution": ChannelSimilarityConfig(
         target_params=0.7, begin=0.2, correlation="distribution", scope="per_group", linkage="complete"
     ),

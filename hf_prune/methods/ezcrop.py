@@ -160,7 +160,6 @@ def build(model: nn.Module, graph: Any, config: EZCropConfig) -> Recipe:
 
 
 TINY = {
-    "params": EZCropConfig(target_params=0.7, begin=0.2),
     "repetitive": EZCropConfig(target_flops=0.7, begin=0.2, end=0.8, rounds=3, residual=True, members="max"),
     "read": EZCropConfig(target_units=0.6, begin=0.2, feature_map="read"),
 }

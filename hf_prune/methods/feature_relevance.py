@@ -88,8 +88,8 @@ Config = FeatureRelevanceConfig
 
 
 def class_weights(accuracy: Tensor) -> Tensor:
-    """sigmoid(best / own), `(classes,)`: 0.731 for the best class, 1 for one that is never right."""
-    return torch.sigmoid(accuracy.max() / accuracy)
+    """sigmoid(best / own), `(classes,)`: 0.731 for the best class, 1 for one that is never right while others are."""
+    return torch.sigmoid((accuracy.max() / accuracy).nan_to_num(nan=1.0, posinf=torch.inf))
 
 
 class Relevance:
@@ -130,8 +130,14 @@ class Relevance:
             for handle in handles:
                 handle.remove()
         classes, right = _classes(logits, batch)
-        relevance = dict(zip(taps, torch.autograd.grad(logits, list(taps.values()), classes.to(logits)), strict=True))
-        means = {path: _over_places(self.model.get_submodule(path), value, batch) for path, value in relevance.items()}
+        found = torch.autograd.grad(logits, list(taps.values()), classes.to(logits), allow_unused=True)
+        unreached = [path for path, value in zip(taps, found, strict=True) if value is None]
+        if unreached:
+            raise PruneError(f"no relevance reaches {', '.join(unreached)}, which only gate others: exclude them.")
+        means = {
+            path: _over_places(self.model.get_submodule(path), value, batch)
+            for path, value in zip(taps, found, strict=True)
+        }
         own = {
             each.units.name: torch.stack([means[writer.layer] for writer in each.writers]).sum(0) for each in self.found
         }
@@ -192,5 +198,4 @@ TINY = {
     "mask": FeatureRelevanceConfig(
         target_flops=0.7, begin=0.2, end=0.8, rounds=2, residual=True, class_weight="equal", removal="mask"
     ),
-    "per_group": FeatureRelevanceConfig(target_units=0.6, begin=0.2, scope="per_group", rounds=1, alpha=1.0),
 }

@@ -191,6 +191,5 @@ TINY = {
         final_sparsity=0.6, begin=0.2, end=0.6, scope="global", rounds=3, streams="writers"
     ),
     "forward": LookaheadConfig(final_sparsity=0.6, begin=0.2, order="forward", splits=2, activations=True),
-    "backward": LookaheadConfig(final_sparsity=0.6, begin=0.2, order="backward", splits=2),
     "flops": LookaheadConfig(target_flops=0.6, begin=0.2, end=0.6, rounds=2, scope="global"),
 }

@@ -190,8 +190,6 @@ def _single_units(units: Structure, model: nn.Module) -> Iterator[dict[str, Tens
 
 TINY = {
     "fisher": WeightImportanceConfig(final_sparsity=0.6, begin=0.2, end=0.6, rounds=2),
-    "empirical": WeightImportanceConfig(final_sparsity=0.6, begin=0.2, score="empirical", scope="per_group"),
-    "covariance": WeightImportanceConfig(final_sparsity=0.6, begin=0.2, score="covariance"),
     "hessian": WeightImportanceConfig(final_sparsity=0.6, begin=0.2, score="hessian", seed=1),
     "params": WeightImportanceConfig(target_params=0.8, begin=0.2),
     "natural": WeightImportanceConfig(target_params=0.8, begin=0.2, score="natural"),

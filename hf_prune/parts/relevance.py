@@ -21,18 +21,20 @@ WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d", "addmm")
 """The alpha-beta rule."""
 UNCHANGED = (
     "relu relu6 gelu silu hardswish hardtanh leaky_relu elu tanh mish batch_norm layer_norm group_norm rms_norm "
-    "dropout dropout2d to float type_as contiguous clone"
+    "dropout dropout2d to float type_as contiguous clone neg __neg__"
 ).split()
 """Relevance passes as it is: activations, norms, casts."""
 SHARED = "add __add__ __iadd__ __radd__ mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split()
 """Each input gets the part that its value is of the sum."""
 MOVED = (
     "max_pool1d max_pool2d adaptive_max_pool2d reshape view flatten permute transpose squeeze unsqueeze __getitem__ "
-    "chunk split cat select narrow expand T"
+    "chunk split cat select narrow expand T pad roll repeat repeat_interleave stack"
 ).split()
 """Values are picked or moved: the gradient does with relevance what it should."""
 ATTENTION = {"scaled_dot_product_attention": 2, "matmul": 1, "bmm": 1, "__matmul__": 1}
 """Place of the values; the other arguments, the probabilities, count as constants."""
+CONSTANT = ("softmax", "sigmoid", "hardsigmoid", "pow")
+"""Probabilities, gates, and what norms and activations in Python divide or multiply by: nothing passes."""
 SCALED = ("mul", "__mul__", "__imul__", "__rmul__", "div", "__truediv__")
 """The first argument that carries relevance gets it all; a gate beside it counts as a constant."""
 Back = Callable[[Tensor], list[Tensor]]
@@ -80,7 +82,7 @@ class _Propagation(TorchFunctionMode):
         if name in ATTENTION:
             values = args[ATTENTION[name]]
             return self._shared(partial(_called, function, args, kwargs, [values]), [values])
-        if name == "softmax":
+        if name in CONSTANT:
             return function(*_constant(args), **kwargs)
         result = function(*args, **kwargs)
         if name in MOVED or not _carries([result]):
