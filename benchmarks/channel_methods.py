@@ -96,9 +96,10 @@ def l1(**more: Any) -> list[dict[str, Any]]:
 
 
 def resrep(scale: Scale) -> list[dict[str, Any]]:
-    """A forgotten row vanishes within a seventh of the steps; half of the units are chosen in half of the steps."""
+    """A forgotten row vanishes within a seventh of the steps; after six tenths what is left is cut, and trains on."""
     momentum, lr = 0.9, 0.02
     pace = {
+        "end": 0.6,
         "lasso_weight": (1 - momentum) / (lr * scale.steps / 7),
         "compactor_lr": lr,
         "compactor_momentum": momentum,
