@@ -71,12 +71,12 @@ def small_resnet() -> PreTrainedModel:
 TASKS = {
     "fashion": Task(
         load_fashion_mnist, small_resnet, ("*.layer.0.convolution",), 670, {0.5: SEEDS, 0.3: (0,)},
-        {"rows": 55_000, "dense_steps": 6000, "steps": 1500, "batch": 64},
+        {"rows": 55_000, "dense_steps": 6000, "steps": 1200, "batch": 64},
         {"rows": 2000, "dense_steps": 100, "steps": 60, "batch": 32},
     ),
     "emoji": Task(
         load_emoji, lambda: load_mobilenet_v2(9), ("*.expand_1x1.convolution",), 7000, {0.5: SEEDS},
-        {"rows": 3030, "dense_steps": 480, "steps": 300, "batch": 32},
+        {"rows": 3030, "dense_steps": 480, "steps": 240, "batch": 32},
         {"rows": 200, "dense_steps": 20, "steps": 30, "batch": 8},
     ),
 }  # fmt: skip

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from cells import CACHE, Cell, Store, arguments, open_store, run, spread, spread_text
+from channel_methods import small_resnet
 from images import Pixels, decode, whole
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
-    ResNetConfig,
     ResNetForImageClassification,
     Trainer,
     TrainerCallback,
@@ -171,9 +171,7 @@ class Fashion:
         self.data = {split: Pixels(**each, mirrored=split == "train") for split, each in tensors.items()}
 
     def new_model(self) -> PreTrainedModel:
-        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2]}
-        shape = {"layer_type": "basic", "downsample_in_first_stage": False, "num_channels": 1, "num_labels": 10}
-        return ResNetForImageClassification(ResNetConfig(**sizes, **shape))
+        return small_resnet()
 
     def open(self, folder: str) -> PreTrainedModel:
         return ResNetForImageClassification.from_pretrained(folder)

@@ -10,9 +10,10 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """$HF_PRUNE_CACHE, else `hf_prune` in the user's cache folder."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HF_PRUNE_CACHE") or Path(user) / "hf_prune")
+    """$HF_PRUNE_CACHE, else `hf_prune` beside what the Hub's client keeps ($HF_HOME)."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_PRUNE_CACHE") or Path(HF_HOME) / "hf_prune")
 
 
 def cache_file(kind: str, *about: Any) -> Path:

@@ -164,6 +164,8 @@ class Pruner:
                 "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
             )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
+        if any(isinstance(each, GroupUnits) for each in recipe.structures):
+            _refuse_unshrinkable(self.model, self.graph)
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
             for gate in recipe.gates:
@@ -304,7 +306,9 @@ class Pruner:
             raise PruneError(
                 "there is no snapshot to return to: none was taken, or shrink_now() has cut the model since."
             )
-        self.model.load_state_dict(self._snapshot["model"])
+        # In place: loading would first give tensors of narrowed models their shapes, and DDP then no longer sees them.
+        for name, value in self.model.state_dict().items():
+            value.copy_(self._snapshot["model"][name])
         if self._optimizer is not None and self._snapshot["moments"]:
             self._optimizer.set_moments(self._snapshot["moments"])
 
@@ -519,6 +523,16 @@ class Pruner:
             state = "finalized" if self.report is not None else "not attached yet"
             raise PruneError(f"this Pruner is {state}; call attach() first, and finalize() last.")
         return self.recipe
+
+
+def _refuse_unshrinkable(model: nn.Module, graph: LazyGraph) -> None:
+    """Raise now for what would stop `_shrink` at the end, whatever the plan: hooks, another tool's quantization."""
+    from hf_prune.checkpoint.save import earlier_table
+    from hf_prune.graph.verify import check_model
+
+    check_model(model, graph.traced)
+    if isinstance(model, PreTrainedModel):
+        earlier_table(model)
 
 
 def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import digits
+import noisy_digits as digits
 import pytest
 import torch
 from datasets import Dataset
@@ -227,7 +227,7 @@ def test_the_model_is_narrow_long_before_the_end(scope: str) -> None:
 
 @pytest.mark.slow
 def test_annealing_is_as_good_as_removing_the_same_number_at_once() -> None:
-    """70 % of the channels of four convolutions, from a trained net, and equally many steps; within a point, means of three seeds."""
+    """70 % of the channels of a trained net, equally many steps: within a point, means of three seeds."""
     train, test = digits.load()
     figures: dict[str, list[float]] = {"annealed": [], "at once": []}
     goal = {"target_units": 0.3, "scope": "global", "min_keep": 0.1}

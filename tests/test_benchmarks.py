@@ -19,7 +19,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     import cells
 
     yield cells
-    for name in ("cells", "movement_text", "channel_methods", "images"):
+    for name in ("cells", "movement_text", "channel_methods", "images", "training_methods"):
         sys.modules.pop(name, None)
 
 

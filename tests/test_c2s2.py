@@ -221,8 +221,10 @@ def test_the_guard() -> None:
         assert sum(pruner.recipe.controller.rises) == pytest.approx(rise, abs=1e-4 * before)
         if tau == 0.0:
             assert all(gate.keep()[:12].sum() >= 10 for gate in pruner.recipe.gates)
-        pruner.finalize()
+        report = pruner.finalize()
         assert abs(_loss(model, held_out) - before - rise) < 1e-5
+        assert report.run["loss_before"] == pytest.approx(before)
+        assert sum(report.run["loss_rises"].values()) == pytest.approx(rise, abs=1e-4 * before)
     assert [sum(each) for each in kept] == sorted((sum(each) for each in kept), reverse=True)
     assert sum(kept[0]) > sum(kept[2])
 
@@ -290,6 +292,14 @@ def test_segmentation() -> None:
     report = pruner.finalize()
     assert report.sparsity > 0
     assert (answer(model, {"pixel_values": data[0]["pixel_values"]}) - masked).abs().max() < 1e-5
+
+
+def test_an_unreachable_goal_leaves_the_model_alone() -> None:
+    model = tiny_image_model()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(PruneError, match="cannot be reached"):
+        _attached(model, C2S2Config(target_params=0.01))
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_gates_keep_their_rate() -> None:

@@ -183,7 +183,7 @@ def test_labels_are_numbered_the_same_in_every_split(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_ends_as_if_nothing_had_happened(files: dict[str, str], tmp_path: Path) -> None:
-    own = "--method movement --final-sparsity 0.5 --max-steps 300 --eval-strategy no --save-strategy no".split()
+    own = "--method movement --final-sparsity 0.5 --max-steps 120 --eval-strategy no --save-strategy no".split()
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, "--use-cpu", "--logging-steps", "5"]
     command = [sys.executable, "-m", "hf_prune", *words, "-o", str(tmp_path / "stopped")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

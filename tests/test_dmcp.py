@@ -141,7 +141,7 @@ def test_budget_loss_by_hand() -> None:
     search = pruner.recipe.controller
     for price, wanted in ((0.3, 0.2), (0.46, 0.04), (0.52, 0.045)):
         search.price = lambda sizes, price=price: torch.tensor(price, dtype=torch.float64)
-        assert search.budget_loss(0.5).item() == pytest.approx(0.1 * torch.tensor(wanted).log().item(), abs=1e-6)
+        assert search.budget_loss(0.5).item() == pytest.approx(0.1 * torch.tensor(wanted).log().item(), abs=1e-5)
     for price in (0.475, 0.49):
         search.price = lambda sizes, price=price: torch.tensor(price, dtype=torch.float64)
         assert search.budget_loss(0.5).item() == 0.0

@@ -55,7 +55,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counting:
     """What every run here measures with, and keeps in a folder of the test's own."""
     measurer = Counting()
     monkeypatch.setattr(latency, "time_in_turn", measurer)
-    monkeypatch.setattr(latency, "HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
     return measurer
 
 

@@ -21,14 +21,16 @@ SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
 train = runpy.run_path(str(SCRIPT))["train"]
 
 
-def _launch(folder: Path, *, processes: int = 1, **settings: Any) -> subprocess.CompletedProcess[str]:
+def _launch(
+    folder: Path, *, processes: int = 1, script: Path = SCRIPT, **settings: Any
+) -> subprocess.CompletedProcess[str]:
     """`train` in processes of its own; rank r writes `rank<r>.safetensors`."""
     launcher = [sys.executable]
     if processes > 1:
         # `accelerate launch --cpu --num_processes 2` starts one process, silently; this form starts two.
         launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
         launcher += ["-m", *launch.split(), "--num_processes", str(processes), "--main_process_port", str(_free_port())]
-    command = [*launcher, str(SCRIPT), str(folder), json.dumps({**settings, "world_size": processes})]
+    command = [*launcher, str(script), str(folder), json.dumps({**settings, "world_size": processes})]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
@@ -59,6 +61,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, variant: s
         assert torch.equal(value, other_rank[name]), f"ranks disagree on {name}"
     one = train(tmp_path / "one", pruning, {"max_steps": 8, "per_device_train_batch_size": 8})
     _assert_close(two, one, 1e-5)
+
+
+@pytest.mark.distributed
+def test_processes_agree_after_returning_to_an_older_state(tmp_path: Path) -> None:
+    done = _launch(tmp_path, processes=2, script=SCRIPT.with_name("guard_tiny.py"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert len(first["trajectory"]) > 6, "a return is among the measurements"
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"ranks disagree on {name}"
 
 
 def test_accumulation_gives_the_same_schedule_and_masks(tmp_path: Path) -> None:

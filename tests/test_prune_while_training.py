@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import digits
+import noisy_digits as digits
 import pytest
 import torch
 from datasets import Dataset

@@ -302,3 +302,12 @@ def test_compiled_models_stay_whole(tmp_path: Path) -> None:
     trainer.pruner.shrink_now({name: torch.arange(len(k)) % 2 == 0 for name, k in trainer.pruner.plan.items()})
     assert sum(parameter.numel() for parameter in trainer.model.parameters()) == size
     assert trainer.pruner.sparsity > 0.4
+
+
+def test_several_processes_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    run = Course("image", "sgd").advance(2)
+    size = run.size
+    with pytest.warns(UserWarning, match="several processes average gradients"):
+        run.advance(4)
+    assert run.size == size and run.pruner.sparsity > 0.0

@@ -91,16 +91,21 @@ def mark(model: PreTrainedModel, recorded: ShapeTable | None = None) -> None:
 
 def narrow_table(model: PreTrainedModel, recorded: Attributes | None = None) -> ShapeTable:
     """How `model` is narrower than its config says. Raises `CheckpointError` while gates are attached."""
+    before = earlier_table(model).narrow.attributes
+    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
+    config = copy.deepcopy(model.config)
+    return shape_table(model, lambda: type(model)(config), {**before, **changed})
+
+
+def earlier_table(model: PreTrainedModel) -> CheckpointTable:
+    """What the config says of an earlier pruning. Raises where it says that the model is quantized."""
     known = getattr(model.config, "quantization_config", None)
     if known is not None and (not isinstance(known, dict) or known.get("quant_method") != QUANT_METHOD):
         raise PruneError(
             f"model.config.quantization_config must be absent or hf_prune's, got {known!r}; a model has one "
             f"quantization method, so prune and save before quantizing."
         )
-    before = parse(known).narrow.attributes if known else {}
-    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
-    config = copy.deepcopy(model.config)
-    return shape_table(model, lambda: type(model)(config), {**before, **changed})
+    return parse(known) if known else CheckpointTable()
 
 
 def _pack(model: PreTrainedModel, names: dict[str, str], encode: str) -> tuple[dict[str, Tensor], dict[str, Packed]]:

@@ -1,6 +1,6 @@
 """Structural pruning: find what must be cut together, price a plan, shrink a model to it, check the result.
 
-trace (with provenance, traced_int and attributes): one run of the model as a graph that knows where sizes come from.
+trace (with provenance, traced_int, attributes, caches): one run as a graph that knows where sizes come from.
 axes, dims: the algebra of dimensions. flow (with rules and equations): the dims of every tensor of the run.
 groups, prices: what can be pruned, and what any plan costs.
 shrink (with kept): the cut, and its inverse. constants, fold, scales: what keeps it exact.

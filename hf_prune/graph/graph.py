@@ -17,7 +17,7 @@ from hf_prune.graph.latency import Latency
 from hf_prune.graph.prices import Price, Prices
 from hf_prune.graph.scales import find_scales
 from hf_prune.graph.table import CONFIG
-from hf_prune.graph.trace import Inputs, record
+from hf_prune.graph.trace import Inputs, as_arguments, record, refuse_wrapped
 from hf_prune.types import Group, Plan
 
 
@@ -62,11 +62,12 @@ class Graph:
 def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Graph:
     """Find the dimension groups of `model` from one run on `example_inputs`; the model stays as it is.
 
-    example_inputs: keyword tensors, or a tuple of positional ones; made from the config where omitted. Their sizes
-    should differ from each other and from the model's own (batch 2, odd lengths). Works on frozen models and on models
-    on the meta device.
+    example_inputs: keyword tensors (a dict or what a tokenizer gives), or a tuple of positional ones; made from the
+    config where omitted. Their sizes should differ from each other and from the model's own (batch 2, odd lengths).
+    Works on frozen models and on models on the meta device.
     """
-    inputs = default_inputs(model) if example_inputs is None else example_inputs
+    refuse_wrapped(model)
+    inputs = default_inputs(model) if example_inputs is None else as_arguments(example_inputs)
     recorded = record(model, inputs)
     flow = Flow(recorded, *find_scales(model, inputs, recorded))
     for name in sorted(flow.tensors.keys() - _stored(model)):

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from hf_prune.cache import cache_dir
 from hf_prune.graph.axes import Axis, Cat, Dim, Shape, flat, leaves
 from hf_prune.graph.rules import name_of
 from hf_prune.graph.trace import Inputs, arguments, distinct_tensors
@@ -66,7 +66,7 @@ class Table:
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self.environment = f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {device.type}"
         name = hashlib.sha256(self.environment.encode()).hexdigest()[:16]
-        self.path = (folder or Path(HF_HOME) / "hf_prune" / "latency") / f"{name}.json"
+        self.path = (folder or cache_dir() / "latency") / f"{name}.json"
         self.numbers: dict[str, float] = self._read()
 
     def _read(self) -> dict[str, float]:

@@ -34,6 +34,9 @@ Operation = Any
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
+WRAPPED = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Class of torch that wraps a model -> where it keeps it. By name, as importing the compiler takes seconds."""
+
 AUXILIARY = ("hidden_state", "attentions", "past_key_values", "loss")
 """Fields of a model output that are no reason to keep a width, as long as another field holds the answer."""
 
@@ -48,6 +51,36 @@ class Trace:
     uses: Uses
     real: bool
     """True where fake tensors were not enough and the model ran on its own tensors."""
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `PruneError` for what is not the model itself: wrappers, and models that live elsewhere between calls."""
+    wrapped = WRAPPED.get(type(model).__name__)
+    if wrapped:
+        raise PruneError(
+            f"model must be the bare model, got it wrapped in {type(model).__name__}. Pass model.{wrapped}, and "
+            "compile or wrap what comes out."
+        )
+    for path, module in model.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise PruneError(
+                f"module {path!r} is offloaded by accelerate: its weights are not in the model. Remove the hooks first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or load without offloading."
+            )
+
+
+def as_arguments(inputs: Any) -> Inputs:
+    """Example inputs as a plain dict of keywords or a tuple of positions; one tensor alone is the first argument."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs)
+    raise PruneError(
+        f"example_inputs must be a dict of keywords, a tuple of positional tensors, or one tensor, got "
+        f"{type(inputs).__name__}."
+    )
 
 
 def record(model: nn.Module, inputs: Inputs) -> Trace:
@@ -65,10 +98,13 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 def _failure(model: nn.Module, error: Exception, where: str) -> PruneError:
+    hint = "Check that model(**example_inputs) runs, and pass inputs of the kind that the model is used with."
+    if "dynamo-optimized" in str(error):
+        hint = "It calls compiled code; trace it without, as after model.set_attn_implementation('sdpa')."
     operation = next((word for word in str(error).split() if word.startswith("aten.")), "its forward")
     return PruneError(
         f"{type(model).__name__} could not be traced {where}: {operation} raised {type(error).__name__}: {error}. "
-        "Check that model(**example_inputs) runs, and pass inputs of the kind that the model is used with."
+        f"{hint}"
     )
 
 
@@ -132,6 +168,8 @@ def record_on(
     )
     with torch.no_grad(), _quiet(), without_caches(model), preserved(model), recording(factors or {}) as uses:
         vars(model).pop("forward", None)  # accelerate puts one with autocast before the model's own
+        for module in model.modules():
+            vars(module).pop("_compiled_call_impl", None)  # of module.compile(), which cannot be traced
         model.train()  # modules that cache what they made of their weights drop it when training begins
         model.eval()
         tag(model)

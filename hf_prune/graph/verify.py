@@ -57,12 +57,19 @@ def check_model(model: nn.Module, graph: Graph) -> None:
                 f"{found or 'gone'}. Trace the model again and make the plan from the new graph."
             )
     for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             raise PruneError(
-                f"module {path!r} has forward hooks, which may rely on the old sizes. Remove them before shrinking and "
+                f"module {path!r} has hooks, which may rely on the old sizes. Remove them before shrinking and "
                 "register them again afterwards."
             )
+    hooked = [name for name, tensor in tensors.items() if tensor._backward_hooks]
+    if hooked:
+        raise PruneError(
+            f"tensor {hooked[0]!r} has a gradient hook, which may rely on the old size. Remove it before shrinking and "
+            "register it again afterwards."
+        )
 
 
 def check_table(table: ShapeTable) -> None:

@@ -73,8 +73,9 @@ class BWCPConfig(PruneConfig):
     """Defaults are those of the paper's ImageNet run: from scratch, 120 epochs, the penalty from the 20th on.
 
     Without a goal the lambdas alone decide how much goes. The penalty's pull on a scale is a few times the weight decay
-    over the whole run: short runs need larger lambdas, some 1e-2 for hundreds of steps, or a goal and a larger
-    `penalty_gain`. From a trained model, `ramp=0.3` gives it time to follow.
+    over the whole run: short runs need larger lambdas, some 0.1 with AdamW for hundreds of steps, or a goal and a
+    larger `penalty_gain`. They also need a moderate learning rate, as whitening makes activations a few times larger.
+    From a trained model, `ramp=0.3` gives it time to follow.
     """
 
     method = "bwcp"
@@ -214,15 +215,17 @@ class WhitenedNorm(ChannelFunction):
 
     def forward(self, x: Tensor, host: nn.Module) -> Tensor:
         """`x`, whitened and masked."""
-        if not self.training:
-            return multiply_channels(x, self.factor(), host)
         with torch.autocast(x.device.type, enabled=False):  # the iteration diverges in half precision
-            roots = whitening(self._blocks(x), self._padded(self.scale_and_offset()[0]), self.config.iterations)
-            with torch.no_grad():
-                self.mean_root.lerp_(roots.to(self.mean_root), self.config.mean_momentum)
-            mix = self.mix(roots)
-            factor = self.mask(self.shared_probability(mix))[:, None] * mix
+            factor = self._batch_factor(x) if self.training else self.factor()
         return multiply_channels(x, factor, host)
+
+    def _batch_factor(self, x: Tensor) -> Tensor:
+        """As `factor`, with M of the batch, which the running mean follows."""
+        roots = whitening(self._blocks(x), self._padded(self.scale_and_offset()[0]), self.config.iterations)
+        with torch.no_grad():
+            self.mean_root.lerp_(roots.to(self.mean_root), self.config.mean_momentum)
+        mix = self.mix(roots)
+        return self.mask(self.shared_probability(mix))[:, None] * mix
 
     def _blocks(self, x: Tensor) -> Tensor:
         """Channels without their offset, `(blocks, b, observations)`; zeros fill the last block."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice, require_range
 from hf_prune.graph import Graph
-from hf_prune.parts.budgets import PRICES
+from hf_prune.parts.budgets import PRICES, require_reachable
 from hf_prune.parts.channel_gates import ChannelGate, ChannelMask, channel_targets, passing
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import floor_count, keep_highest
@@ -162,6 +162,9 @@ class Layerwise:
         self.progress, self.guards, self.dense_loss = 0.0, 0, 0.0
         self.finished = [False] * len(self.gates)
         self.rises = [0.0] * len(self.gates)
+        if config.goal is not None:
+            least = {name: torch.arange(len(keep)) < floors[name] for name, keep in self._plan().items()}
+            require_reachable(config.goal, self._reached(least))
 
     def _saved(self, gate: ChannelGate[PruningLayer], floor: int) -> float:
         """Multiply-adds that the layer would save at its floor."""
@@ -306,6 +309,11 @@ class Layerwise:
             )
         return plan
 
+    def record(self) -> dict[str, Any]:
+        """What the guard measured: the loss before the first cut, and what each layer's mask added to it."""
+        rises = {gate.name: rise for gate, rise in zip(self.gates, self.rises, strict=True)}
+        return {"loss_before": self.dense_loss, "loss_rises": rises}
+
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Follow the run; a run that starts again handles all layers again."""
         self.progress = metrics.get("progress", self.progress)
@@ -350,6 +358,7 @@ def build(model: nn.Module, graph: Any, config: C2S2Config) -> Recipe:
         controller=layerwise,
         optimizers={"gates": partial(SteadyAdam, lr=config.gate_lr)},
         passes=layerwise.passes,
+        record=layerwise.record,
     )
 
 

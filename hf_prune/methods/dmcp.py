@@ -194,7 +194,8 @@ class Search:
 
     def budget_loss(self, progress: float) -> Tensor:
         """How far the expected price is from the goal."""
-        price, goal = self.price(torch.stack([width.expected() for width in self.widths])), self.goal.kept(1.0)
+        expected = torch.stack([width.expected() for width in self.widths])
+        price, goal = self.price(expected).to(expected), self.goal.kept(1.0)
         if _BAND * goal <= price < goal:
             return 0.0 * price
         wanted = goal if price < goal else _BAND * goal

@@ -60,8 +60,9 @@ SMOOTHING = 0.9  # of the ratio of kept to pushed magnitude, in the authors' cod
 class GrowingRegularizationConfig(PruneConfig):
     """Penalties, ceilings and interval are the authors' ImageNet settings; their rates are SGD's at 1e-3.
 
-    Under SGD with momentum m a unit loses lr * Lambda / (1 - m) of itself in a step. Train without gradient clipping
-    where the penalty shall be compared with a gradient of full size.
+    Under SGD with momentum m a unit loses lr * Lambda / (1 - m) of itself in a step; under Adam every entry moves by
+    about one learning rate, so that a norm's scale of 1 needs some 1 / lr steps to vanish. Train without gradient
+    clipping where the penalty shall be compared with a gradient of full size.
     """
 
     method = "growing_regularization"

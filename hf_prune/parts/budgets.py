@@ -44,8 +44,8 @@ def share_of_sizes(graph: Graph, goal: Goal, groups: Sequence[str]) -> Callable[
     where, dense = torch.tensor([names.index(group) for group in groups]), graph.prices.at(whole)[place]
 
     def share(sizes: Tensor) -> Tensor:
-        at = whole.to(sizes.device).index_copy(0, where.to(sizes.device), sizes.double())
-        return graph.prices.at(at)[place] / dense.to(sizes.device)
+        at = whole.index_copy(0, where, sizes.cpu().double())  # not every device has double precision
+        return graph.prices.at(at)[place] / dense
 
     return share
 
