@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_prune import DistillConfig, MovementConfig, PruneError, PruneTrainer
-from hf_prune.parts.distillation import Distiller, kl_divergence, load_teacher
+from hf_prune.parts.distillation import Distiller, kl_divergence, load_teacher, logits_divergence
 from hf_prune.testing import tiny_image_model, tiny_text_model
 
 EVERYTHING = DistillConfig(hidden_weight=1.0, attention_weight=1.0)
@@ -27,6 +27,13 @@ def test_kl_by_hand() -> None:
     teacher, student = torch.tensor([[2 * 1.0986123, 0.0]]), torch.zeros(1, 2)
     expected = 4 * (0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log())
     assert float(kl_divergence(student, teacher, 2.0)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_pixels_of_a_segmentation_are_rows() -> None:
+    student, teacher = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)  # (batch, classes, height, width)
+    rows = [each.permute(0, 2, 3, 1).reshape(24, 5) for each in (student, teacher)]
+    ours = logits_divergence({"logits": student}, [{"logits": teacher}], {}, temperature=2.0)
+    torch.testing.assert_close(ours, kl_divergence(*rows, 2.0))
 
 
 def test_classes_without_any_probability_add_nothing() -> None:

@@ -82,9 +82,15 @@ def logits_divergence(
                 f"student and teacher disagree on {name}: {tuple(student.shape)} against "
                 f"{tuple(teachers[0].shape)}; use a teacher with the same labels and tokenizer."
             )
-        mean = _mean_teacher(teachers, temperature)
-        terms.append(kl_divergence(student, mean, temperature, valid if student.ndim > 2 else None))
+        mean = _mean_teacher([_classes_last(each) for each in teachers], temperature)
+        rows = valid if student.ndim == 3 else None
+        terms.append(kl_divergence(_classes_last(student), mean, temperature, rows))
     return torch.stack(terms).mean()
+
+
+def _classes_last(logits: Tensor) -> Tensor:
+    """Logits as they are, or those of a segmentation, `(batch, classes, height, width)`, with the classes at the end."""
+    return logits.movedim(1, -1) if logits.ndim == 4 else logits
 
 
 class Distiller:
