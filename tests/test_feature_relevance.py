@@ -363,6 +363,6 @@ def test_half_the_units_go_during_a_run_at_little_cost() -> None:
 @pytest.mark.slow
 def test_better_than_chance_where_channels_are_scarce() -> None:
     relevance = FeatureRelevanceConfig(target_units=0.4, **EARLY, rounds=6, calibration_batches=8)
-    ours = sum(_accuracy_after(relevance, seed, 2.5) for seed in range(3)) / 3
-    chance = [MagnitudeConfig(target_units=0.4, **EARLY, score="random", seed=seed) for seed in range(3)]
-    assert ours >= sum(_accuracy_after(config, seed, 2.5) for seed, config in enumerate(chance)) / 3 + 2.0
+    ours = sum(_accuracy_after(relevance, seed, 2.5) for seed in range(2)) / 2
+    chance = [MagnitudeConfig(target_units=0.4, **EARLY, score="random", seed=seed) for seed in range(2)]
+    assert ours >= sum(_accuracy_after(config, seed, 2.5) for seed, config in enumerate(chance)) / 2 + 2.0

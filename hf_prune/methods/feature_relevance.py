@@ -1,5 +1,4 @@
-"""Feature relevance: channels through which little of the right answers flows go while the model trains
-(Aketi et al. 2020, arXiv 2002.09958).
+"""Feature relevance: channels that pass on little of the right answer go (Aketi et al. 2020, arXiv 2002.09958).
 
 Idea      hand the score of the true class back through the network as relevance; a channel that passes little of it on
           is not needed. A few go every few epochs of an ordinary training run, which needs no fine-tuning afterwards.
