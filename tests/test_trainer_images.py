@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import segmentation
 import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from hf_prune import MagnitudeConfig, PruneTrainer
+from hf_prune.checkpoint.names import renamed_on_disk
 from hf_prune.graph import trace
 from hf_prune.testing import tiny_image_model
 
@@ -67,5 +69,21 @@ def test_a_run_on_groups_resumes_exactly(tmp_path: Path) -> None:
     broken.train()
     resumed = _trainer(tmp_path / "broken")
     resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-4"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_model_that_is_saved_under_other_names_resumes_exactly(tmp_path: Path) -> None:
+    def trainer(**settings: Any) -> PruneTrainer:
+        torch.manual_seed(0)
+        model, args = segmentation.tiny_segmentation_model(), _arguments(tmp_path, max_steps=4, **settings)
+        return PruneTrainer(model=model, args=args, train_dataset=rows, pruning=PRUNING)
+
+    rows = segmentation.segmentation_rows(16)
+    whole = trainer(save_strategy="steps", save_steps=2)
+    assert renamed_on_disk(whole.model)
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

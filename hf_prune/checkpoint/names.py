@@ -55,6 +55,12 @@ def disk_names(model: Any) -> dict[str, str]:
     return {name: names[id(tensor)] for name, tensor in stand_ins.items() if id(tensor) in names}
 
 
+def renamed_on_disk(model: Any) -> bool:
+    """Whether transformers saves `model` under other names, or in other pieces, than its own."""
+    names = disk_names(model)
+    return any(names.get(name) != name for name in tensors_of(model))
+
+
 def state_on_disk(model: Any, state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """`state` of `model` as it is stored, with `names` from `disk_names` and other tensors taken apart or merged."""
     rest = {name: tensor for name, tensor in state.items() if name not in names}

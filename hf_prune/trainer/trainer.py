@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from hf_prune.config import PruneConfig
@@ -200,12 +200,20 @@ class PruneTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The compact model. Trainer's own calls inside the run write the resumable state instead."""
         if self.pruner.attached and _internal_call:
-            return super().save_model(output_dir, _internal_call=True)
+            return self._save_resumable(output_dir)
         folder = str(output_dir or self.args.output_dir)
         if self.args.should_save:
             self._save_compact(folder)
         if self.args.push_to_hub and not _internal_call and not self.pruner.attached:
             push(self, folder, "Model save", card_facts(self))  # of an unfinished run only the end is pushed
+
+    def _save_resumable(self, folder: str | None) -> None:
+        from hf_prune.checkpoint.names import renamed_on_disk
+
+        super().save_model(folder, _internal_call=True)
+        # Trainer resumes by the model's own names, and only warns of those that a checkpoint has under others.
+        if self.args.should_save and isinstance(self.model, PreTrainedModel) and renamed_on_disk(self.model):
+            self.model.save_pretrained(str(folder or self.args.output_dir), save_original_format=False)
 
     def _save_compact(self, folder: str) -> None:
         from hf_prune.checkpoint import save_pretrained
