@@ -254,7 +254,7 @@ def _trainer(folder: Path, **settings: Any) -> PruneTrainer:
     return PruneTrainer(model=tiny_image_model(), args=arguments, train_dataset=rows, pruning=pruning)
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_stopped_between_events_and_cuts_resumes_exactly(tmp_path: Path, step: int) -> None:
     whole = _trainer(tmp_path / "whole")
     whole.train()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from hf_prune.methods import METHODS, load
 from hf_prune.testing import CHECKS, Case, tiny_cases
 
-CASES = [case for method in METHODS for case in tiny_cases(method)]
+
+def _cases() -> Iterator[Any]:
+    """All variants; those beside a method's first are slow tests."""
+    for method in METHODS:
+        for place, case in enumerate(tiny_cases(method)):
+            yield pytest.param(case, id=str(case), marks=pytest.mark.slow if place else ())
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", _cases())
 def test_contract(case: Case, check: Callable[[Case], None]) -> None:
     reason = case.excuse(check)
     if reason is not None:

@@ -48,10 +48,11 @@ def test_random_masks(name: str) -> None:
     graph, before, changed = trace(model, inputs), outputs(model, inputs), 0
     for seed in range(MASKS if ZOO[name].slow else 1):
         plan, dead = plan_of_many_kinds(graph, seed)
-        masked, shrunk = copy.deepcopy(model), copy.deepcopy(model)
-        for each in (masked, shrunk):
-            mask(each, graph, dead)
+        masked = copy.deepcopy(model)
+        mask(masked, graph, dead)
         mask(masked, graph, plan)
+        # Units behind a dead group emit constants; what is masked before it is cut adds them nowhere.
+        shrunk = copy.deepcopy(masked)
         shrink(shrunk, graph, plan)
         wanted = outputs(masked, inputs)
         assert difference(wanted, outputs(shrunk, inputs)) <= TOLERANCE[ZOO[name].exact_dtype]

@@ -318,7 +318,7 @@ def _trainer(folder: Path, *, variant: int = 1, **settings: Any) -> PruneTrainer
     return PruneTrainer(model=tiny_image_model(), args=arguments, train_dataset=rows, pruning=pruning)
 
 
-@pytest.mark.parametrize("variant", [1, 2])
+@pytest.mark.parametrize("variant", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_stopped_while_it_pushes_resumes_exactly(tmp_path: Path, variant: int) -> None:
     whole = _trainer(tmp_path / "whole", variant=variant)
     whole.train()

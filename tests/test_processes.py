@@ -51,7 +51,7 @@ def _assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", ["hard", "soft", "l0"])
+@pytest.mark.parametrize("variant", ["hard", *(pytest.param(each, marks=pytest.mark.slow) for each in ("soft", "l0"))])
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, variant: str) -> None:
     pruning = {"variant": variant, "penalty_weight": 1.0, "penalty_gain": 1.0}
     done = _launch(tmp_path, processes=2, pruning=pruning, training={"max_steps": 8, "per_device_train_batch_size": 4})
@@ -86,7 +86,9 @@ def test_accumulation_gives_the_same_schedule_and_masks(tmp_path: Path) -> None:
     _assert_close(runs[2], runs[0], 1e-5)
 
 
-@pytest.mark.parametrize("variant", ["hard", "soft", "l0", "magnitude"])
+@pytest.mark.parametrize(
+    "variant", ["hard", *(pytest.param(each, marks=pytest.mark.slow) for each in ("soft", "l0", "magnitude"))]
+)
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, variant: str) -> None:
     training = {
         "max_steps": 12,

@@ -103,8 +103,11 @@ def _trainer(folder: Path, pruning: SnapshotEnsembleConfig, watch: Watch | None 
 
 @pytest.mark.parametrize(
     ("pruning", "stop", "newest"),
-    [(ELEMENT, (1, 1), True), (ELEMENT, (2, 3), "round-2/checkpoint-2"), (UNITS, (1, 3), True)],
-    ids=["before a checkpoint", "while it distils", "units"],
+    [
+        pytest.param(ELEMENT, (1, 1), True, id="before a checkpoint", marks=pytest.mark.slow),
+        pytest.param(ELEMENT, (2, 3), "round-2/checkpoint-2", id="while it distils"),
+        pytest.param(UNITS, (1, 3), True, id="units", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_inside_a_round_and_resumed_is_bit_identical(
     tmp_path: Path, pruning: SnapshotEnsembleConfig, stop: tuple[int, int], newest: str | bool
