@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from hf_prune.config import closest
 from hf_prune.graph import Graph, check_plan, kept_entries, narrow, shrink, widen
+from hf_prune.graph.lazy import LazyGraph
 from hf_prune.optimizer import PruneOptimizer
 from hf_prune.parts.gates import ShrinkableGate
+from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.types import Plan, PruneError
 
@@ -184,6 +186,24 @@ class Narrowing:
         delattr(model, STATE)
         if model is self.model:
             self._hook.remove()
+
+
+def narrowing_of(model: nn.Module, graph: LazyGraph, recipe: Recipe) -> Narrowing | None:
+    """What can cut units out of `model` during the run, where every gate allows it.
+
+    Raises:
+        PruneError: the recipe wants to cut, and some gate does not allow it.
+    """
+    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
+    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
+    if structures and len(gates) == len(recipe.gates):
+        return Narrowing(model, graph.traced, structures, gates)
+    if recipe.shrink_at:
+        raise PruneError(
+            f"the recipe wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its gates are masks "
+            "over dimension groups."
+        )
+    return None
 
 
 def _places(old: Sequence[Tensor] | None, new: Sequence[Tensor]) -> list[Tensor]:

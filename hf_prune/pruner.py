@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,54 +15,21 @@ from transformers import PreTrainedModel
 
 from hf_prune import methods
 from hf_prune.config import PruneConfig
-from hf_prune.narrowing import Narrowing
+from hf_prune.graph.lazy import ExampleInputs, LazyGraph
+from hf_prune.narrowing import Narrowing, narrowing_of
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.budgets import CORRECTIONS
 from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_teacher
-from hf_prune.parts.gates import ShrinkableGate, copy_with_gates, refuse_parametrized, restored_on_error
+from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.rounds import Build, Round
 from hf_prune.parts.statistics import Calibration, Data, evaluating
 from hf_prune.parts.structures import GroupUnits
 from hf_prune.report import make_report, sparsity
 from hf_prune.report.origin import base_model
-from hf_prune.types import Group, Phase, Plan, PruneError, Report
-
-if TYPE_CHECKING:
-    from hf_prune.graph import Graph
+from hf_prune.types import Phase, Plan, PruneError, Report
 
 _ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
-
-
-ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
-
-
-class LazyGraph:
-    """The dimension groups of a model, traced when a method first asks for them."""
-
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
-        self._model, self._example_inputs = model, example_inputs
-
-    @cached_property
-    def traced(self) -> Graph:
-        """The graph itself."""
-        from hf_prune.graph import trace
-
-        given = self._example_inputs() if callable(self._example_inputs) else self._example_inputs
-        inputs = given or getattr(self._model, "dummy_inputs", None)
-        if inputs is None:
-            raise PruneError("this method looks at the model's graph; give Pruner example_inputs for one forward pass.")
-        return trace(self._model, inputs)
-
-    @property
-    def groups(self) -> Mapping[str, Group]:
-        """The groups that can be pruned."""
-        return self.traced.groups
-
-    @property
-    def frozen(self) -> dict[str, str]:
-        """Why each other group must keep its size."""
-        return {name: str(group.frozen) for name, group in self.traced.frozen.items()}
 
 
 class Pruner:
@@ -170,7 +137,7 @@ class Pruner:
         with restored_on_error(self.model):
             for gate in recipe.gates:
                 gate.insert(self.model)
-            self._narrowing = _narrowing(self.model, self.graph, recipe, self.config)
+            self._narrowing = narrowing_of(self.model, self.graph, recipe)
         self._frozen = [names[name] for name in recipe.frozen if name in names and names[name].requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -543,20 +510,6 @@ def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
     table = shrink(model, graph.traced, plan)
     if isinstance(model, PreTrainedModel):
         mark(model, table)
-
-
-def _narrowing(model: nn.Module, graph: LazyGraph, recipe: Recipe, config: PruneConfig) -> Narrowing | None:
-    """What can cut units out during the run, where every gate allows it."""
-    structures = [each for each in recipe.structures if isinstance(each, GroupUnits)]
-    gates = [gate for gate in recipe.gates if isinstance(gate, ShrinkableGate)]
-    if structures and len(gates) == len(recipe.gates):
-        return Narrowing(model, graph.traced, structures, gates)
-    if recipe.shrink_at:
-        raise PruneError(
-            f"method {config.method!r} wants to cut units at {list(recipe.shrink_at)} of the run, but not all of its "
-            "gates are masks over dimension groups."
-        )
-    return None
 
 
 def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:

@@ -5,6 +5,7 @@ axes, dims: the algebra of dimensions. flow (with rules and equations): the dims
 groups, prices: what can be pruned, and what any plan costs.
 shrink (with kept): the cut, and its inverse. constants, fold, scales: what keeps it exact.
 verify: what is checked before and after.
+lazy: the graph of a run, traced when it is first looked at.
 writers: which layers a group comes from, and whether it can be silenced at them.
 neighbours: which layers each layer hears and is heard by, and what scales the channels between them.
 resize, table, sizes: the same shapes again on a freshly built model.
