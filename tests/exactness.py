@@ -25,8 +25,9 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def difference(left: list[Tensor], right: list[Tensor]) -> float:
-    """Largest difference, relative to the largest output."""
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(left, right, strict=True))
+    """Largest difference, relative to the largest output where that is not zero."""
+    pairs = [((a - b).abs().max(), a.abs().max()) for a, b in zip(left, right, strict=True)]
+    return max(float(each / largest if largest > 0 else each) for each, largest in pairs)
 
 
 def check_exact(model: nn.Module, inputs: Inputs, tolerance: float = 1e-10) -> Graph:
