@@ -250,6 +250,7 @@ class Noisy(nn.Module):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+@pytest.mark.slow
 def test_channels_that_see_noise_go_and_l1_with_the_same_steps_does_no_better() -> None:
     """Half of the multiply-adds, 300 steps of pruning and tuning for each."""
     torch.manual_seed(0)

@@ -349,6 +349,7 @@ def test_a_run_in_prune_trainer_resumes_exactly_and_saves(tmp_path: Path) -> Non
     assert torch.equal(answer(loaded, IMAGES), answer(whole.model.eval(), IMAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*not forgotten yet")
 def test_pruning_itself_costs_nothing_where_lasso_without_resetting_loses() -> None:
     """Half of the multiply-adds of a digits classifier: the same pull at compactors, and at the kernels themselves."""

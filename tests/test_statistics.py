@@ -109,6 +109,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_sum_their_shares(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
