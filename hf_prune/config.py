@@ -133,6 +133,18 @@ class PruneConfig:
         return cls.from_dict(json.loads(text))
 
 
+def require_goal(config: PruneConfig, names: tuple[str, ...]) -> None:
+    """Raise a ValueError unless the config has a goal, one of `names`."""
+    if config.goal is None or config.goal.name not in names:
+        raise ValueError(f"{type(config).__name__} needs one goal of {', '.join(names)}.")
+
+
+def require_removal(config: PruneConfig) -> None:
+    """Raise a ValueError where the config has a goal that removes nothing."""
+    if config.goal is not None and config.goal.kept(1.0) == 1.0:
+        raise ValueError(f"{config.goal.name}={config.goal.value} removes nothing.")
+
+
 def closest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """`; did you mean 'x'?`, or the whole list where nothing is close."""
     near = difflib.get_close_matches(word, known, n=1)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_range, require_removal
 from hf_prune.parts import schedules
 from hf_prune.parts.budgets import fit_price, share_of_sizes
 from hf_prune.parts.channel_gates import (
@@ -106,8 +106,7 @@ class BWCPConfig(PruneConfig):
         require_range("iterations", self.iterations, 1, math.inf, closed_right=False)
         require_range("mean_momentum", self.mean_momentum, 0.0, 1.0, closed_left=False)
         require_range("ramp", self.ramp, 0.0, 1.0)
-        if self.goal is not None and self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_removal(self)
         if self.goal is not None and not self.lambda1 + self.lambda2 > 0:
             raise ValueError(
                 "lambda1 and lambda2 are both 0, so that nothing pulls towards the goal; raise one of them."

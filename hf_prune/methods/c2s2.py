@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_range, require_removal
 from hf_prune.graph import Graph
 from hf_prune.parts.budgets import PRICES, require_reachable
 from hf_prune.parts.channel_gates import ChannelGate, ChannelMask, channel_targets, passing
@@ -99,8 +99,7 @@ class C2S2Config(PruneConfig):
         require_range("sparsity_weight", self.sparsity_weight, 0.0, math.inf, closed_left=False, closed_right=False)
         require_range("polar_weight", self.polar_weight, 0.0, math.inf, closed_right=False)
         require_range("threshold", self.threshold, 0.0, 1.0, closed_left=False, closed_right=False)
-        if self.goal is not None and self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_removal(self)
 
 
 Config = C2S2Config

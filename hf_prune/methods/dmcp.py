@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.graph import Graph
 from hf_prune.graph.writers import carriers
 from hf_prune.parts import schedules
@@ -113,10 +113,8 @@ class DMCPConfig(PruneConfig):
         require_range("samples", self.samples, 1, math.inf, closed_right=False)
         require_choice("final", self.final, FINALS)
         require_choice("order", self.order, ORDERS)
-        if self.goal is None or self.goal.name not in GOALS:
-            raise ValueError(f"DMCPConfig needs one goal of {', '.join(GOALS)}.")
-        if self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_goal(self, GOALS)
+        require_removal(self)
 
 
 Config = DMCPConfig

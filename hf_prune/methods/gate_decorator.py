@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.graph.writers import LAYERS
 from hf_prune.parts import schedules
 from hf_prune.parts.budgets import PRICES, fit_price
@@ -97,10 +97,8 @@ class GateDecoratorConfig(PruneConfig):
         require_range("gate_lr", self.gate_lr, 0.0, math.inf, closed_left=False, closed_right=False)
         require_range("gate_momentum", self.gate_momentum, 0.0, 1.0, closed_right=False)
         require_range("lr_floor", self.lr_floor, 0.0, 1.0, closed_left=False)
-        if self.goal is None or self.goal.name not in GOALS:
-            raise ValueError(f"GateDecoratorConfig needs one goal of {', '.join(GOALS)}.")
-        if self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_goal(self, GOALS)
+        require_removal(self)
 
 
 Config = GateDecoratorConfig

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.graph import Graph, unit_indices
 from hf_prune.graph.writers import Silence
 from hf_prune.parts import schedules
@@ -106,10 +106,8 @@ class PruneNetConfig(PruneConfig):
         require_range("fit_batches", self.fit_batches, 0, math.inf, closed_right=False)
         require_range("fit_lr", self.fit_lr, 0.0, math.inf, closed_left=False, closed_right=False)
         require_range("concentration_weight", self.concentration_weight, 0.0, math.inf, closed_right=False)
-        if self.goal is None or self.goal.name not in GOALS:
-            raise ValueError(f"PruneNetConfig needs one goal of {', '.join(GOALS)}.")
-        if self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_goal(self, GOALS)
+        require_removal(self)
 
 
 Config = PruneNetConfig

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.parts import schedules
 from hf_prune.parts.budgets import PRICES, fit_price
 from hf_prune.parts.channel_gates import ChannelFunction, ChannelGate, at_least_float32, channel_targets
@@ -90,10 +90,8 @@ class ResRepConfig(PruneConfig):
         require_range("mask_interval_steps", self.mask_interval_steps, 1, math.inf, closed_right=False)
         require_range("begin_granularity", self.begin_granularity, 1, math.inf, closed_right=False)
         require_range("merge_threshold", self.merge_threshold, 0.0, math.inf, closed_right=False)
-        if self.goal is None or self.goal.name not in GOALS:
-            raise ValueError(f"ResRepConfig needs one goal of {', '.join(GOALS)}.")
-        if self.goal.value == 1.0:
-            raise ValueError(f"{self.goal.name}=1.0 removes nothing.")
+        require_goal(self, GOALS)
+        require_removal(self)
 
 
 Config = ResRepConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.config import PruneConfig, require_choice
+from hf_prune.config import PruneConfig, require_choice, require_goal, require_removal
 from hf_prune.parts import structures
 from hf_prune.parts.budgets import PRICES, fit_price, normalised
 from hf_prune.parts.prunable import prunable_groups, prunable_weights
@@ -26,9 +26,8 @@ def settle_structure(config: PruneConfig) -> None:
     Raises:
         ValueError: no goal, one that removes nothing, or a structure that does not go with it.
     """
-    name = type(config).__name__
-    if config.goal is None or config.goal.name not in GOALS:
-        raise ValueError(f"{name} needs one goal of {', '.join(GOALS)}.")
+    require_goal(config, GOALS)
+    assert config.goal is not None
     needed = "element" if config.goal.name == "final_sparsity" else "group"
     object.__setattr__(config, "structure", config.structure or needed)
     require_choice("structure", config.structure, ("element", "group"))
@@ -37,8 +36,7 @@ def settle_structure(config: PruneConfig) -> None:
             f"structure {config.structure!r} does not go with {config.goal.name}: final_sparsity counts single weights "
             f"(structure 'element'), {', '.join(COUNTED)} whole units ('group')."
         )
-    if config.goal.kept(1.0) == 1.0:
-        raise ValueError(f"{config.goal.name}={config.goal.value} removes nothing.")
+    require_removal(config)
 
 
 def find_targets(
