@@ -5,13 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from fitting import Rows
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune import PruneConfig, Pruner
 from hf_prune.graph import trace
-
-Rows = tuple[Tensor, Tensor]
 
 
 def load() -> tuple[Rows, Rows]:
@@ -61,9 +60,3 @@ def train(
     if pruner:
         pruner.finalize()
     return model.eval(), costs
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, rows: Rows) -> float:
-    """Percent."""
-    return 100 * (model(rows[0]).argmax(1) == rows[1]).double().mean().item()

@@ -12,6 +12,7 @@ import noisy_digits as digits
 import pytest
 import torch
 from datasets import Dataset
+from fitting import accuracy
 from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -238,7 +239,7 @@ def test_annealing_is_as_good_as_removing_the_same_number_at_once() -> None:
             ("at once", AnnealingConfig(**goal, events=1, end=0.01)),
         ):
             model, _ = digits.train(copy.deepcopy(dense), config, train, seed, epochs=15, lr=0.02)
-            figures[name].append(digits.accuracy(model, test))
+            figures[name].append(accuracy(model, test))
             assert sum(layer.out_channels for layer in model if isinstance(layer, nn.Conv2d)) == int(0.3 * 144 + 0.5)
     assert sum(figures["annealed"]) / 3 >= sum(figures["at once"]) / 3 - 1.0, figures
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import accuracy, fit
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -245,41 +246,25 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
 
 
-def _train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    model.train()
-    for step in range(steps):
-        rows = torch.randint(0, len(images), (64,), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[rows]), labels[rows]).backward()
-        optimizer.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return 100.0 * float((model(images).argmax(1) == labels).double().mean())
-
-
 def test_near_copies_of_equal_size_go_without_loss_where_l1_and_chance_lose() -> None:
     train, test = _digits()
     torch.manual_seed(0)
     model = Net()
     with torch.no_grad():
         model.first.weight /= model.first.weight.flatten(1).norm(dim=1)[:, None, None, None]
-    wide = _with_copies(_train(model, *train, 250), cosine=0.9995)
+    wide = _with_copies(fit(model, train, 250), cosine=0.9995)
     with torch.no_grad():  # the norm takes over the size of the filters: all are equal
         sizes = wide.first.weight.flatten(1).norm(dim=1)
         wide.first.weight /= sizes[:, None, None, None]
         wide.norm.running_mean /= sizes
         wide.norm.running_var /= sizes.square()
-    dense = _accuracy(wide, *test)
+    dense = accuracy(wide, test)
     config = ChannelSimilarityConfig(target_units=0.5, correlation="empirical", **FIRST)
-    ours = _accuracy(_prune(wide, config, train[0][:256])[0], *test)
+    ours = accuracy(_prune(wide, config, train[0][:256])[0], test)
     assert dense > 80.0 and ours >= dense - 1.0
     for score in ("l1", "random"):
         config = MagnitudeConfig(target_units=0.5, score=score, **FIRST)
-        assert _accuracy(_prune(wide, config, train[0][:2])[0], *test) <= dense - 10.0
+        assert accuracy(_prune(wide, config, train[0][:2])[0], test) <= dense - 10.0
 
 
 @pytest.mark.slow
@@ -288,10 +273,10 @@ def test_tuned_it_is_not_below_the_dense_model() -> None:
     changes = []
     for seed in range(3):
         torch.manual_seed(seed)
-        dense = _train(Net(24, hidden=48), *train, 250)
+        dense = fit(Net(24, hidden=48), train, 250)
         pruned, _ = _prune(dense, ChannelSimilarityConfig(target_flops=0.7), train[0][:2])
-        longer = _train(copy.deepcopy(dense), *train, 250)
-        changes.append(_accuracy(_train(pruned, *train, 250), *test) - _accuracy(longer, *test))
+        longer = fit(copy.deepcopy(dense), train, 250)
+        changes.append(accuracy(fit(pruned, train, 250), test) - accuracy(longer, test))
     assert sum(changes) / 3 >= -0.5
 
 

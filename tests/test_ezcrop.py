@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import accuracy, fit
 from torch import Tensor, nn
 
 import hf_prune
@@ -201,24 +202,12 @@ def _textures(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return 0.6 * textures[:, None] + 2 * shade + 0.8 * torch.randn(rows, 1, 16, 16, generator=generator), labels
 
 
-def _trained(seed: int, images: Tensor, labels: Tensor, model: Net | None = None, steps: int = 120) -> Net:
+def _trained(seed: int, images: Tensor, labels: Tensor, model: nn.Module | None = None, steps: int = 120) -> nn.Module:
     torch.manual_seed(seed)
     block = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]  # noqa: E731
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)]
     model = model or Net(*block(1, 12), *block(12, 12), nn.AvgPool2d(2), *block(12, 12), *block(12, 12), *head)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    model.train()
-    for step in range(steps):
-        rows = torch.randint(0, len(images), (64,), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[rows]), labels[rows]).backward()
-        optimizer.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return 100.0 * float((model(images).argmax(1) == labels).double().mean())
+    return fit(model, (images, labels), steps)
 
 
 @pytest.mark.slow
@@ -237,12 +226,12 @@ def test_better_than_its_reverse_before_tuning_and_no_worse_in_three_passes() ->
         pruner.recipe.measured_scores = lambda data, measure=measure: {n: -s for n, s in measure(data).items()}
         pruner.step(1, 1)
         pruner.finalize()
-        gains.append(_accuracy(ours, *test) - _accuracy(pruner.model, *test))
+        gains.append(accuracy(ours, test) - accuracy(pruner.model, test))
         once = _trained(seed, images, labels, ours, 120)
         thrice = copy.deepcopy(dense)
         for kept in (0.6 ** (1 / 3),) * 3:
             again = EZCropConfig(target_flops=kept, feature_map="read")
             thrice = _trained(seed, images, labels, hf_prune.prune(thrice, again, example, data=data)[0], 40)
-        passes.append(_accuracy(thrice, *test) - _accuracy(once, *test))
+        passes.append(accuracy(thrice, test) - accuracy(once, test))
     assert sum(gains) / 3 >= 5.0
     assert sum(passes) / 3 >= 0.0

@@ -13,6 +13,7 @@ import noisy_digits as digits
 import pytest
 import torch
 from datasets import Dataset
+from fitting import accuracy
 from scipy.stats import chisquare
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -291,7 +292,7 @@ def test_l1_loses_little_and_least_for_less_than_retraining_costs() -> None:
         for score in (None, "l1", "mean_activation", "random"):
             pruning = score and PruneWhileTrainingConfig(target_units=0.2, score=score, seed=seed)
             model, costs[score] = digits.train(digits.net(seed), pruning, train, seed, epochs=20)
-            hits.setdefault(score, []).append(digits.accuracy(model, test))
+            hits.setdefault(score, []).append(accuracy(model, test))
     mean = {score: sum(values) / 5 for score, values in hits.items()}
     assert mean["l1"] >= mean["random"] and mean["l1"] >= mean["mean_activation"], mean
     assert mean["l1"] >= mean[None] - 5.0, mean  # a fifth of 24 and 48 filters is little; the abstract: under 1 point
