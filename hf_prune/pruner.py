@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.graph.lazy import ExampleInputs, LazyGraph
+from hf_prune.graph.trace import evaluating
 from hf_prune.narrowing import Narrowing, narrowing_of
 from hf_prune.optimizer import PruneOptimizer, StepRules, move_to_group, remove_from_groups
 from hf_prune.parts.budgets import CORRECTIONS
@@ -23,13 +24,17 @@ from hf_prune.parts.distillation import DistillConfig, Distiller, Teacher, load_
 from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_on_error
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.rounds import Build, Round
-from hf_prune.parts.statistics import Calibration, Data, evaluating
-from hf_prune.parts.structures import GroupUnits
+from hf_prune.parts.statistics import Calibration, Data
+from hf_prune.parts.structures import GroupUnits, LayerUnits
 from hf_prune.report import make_report, sparsity
 from hf_prune.report.origin import base_model
 from hf_prune.types import Phase, Plan, PruneError, Report
 
 _ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
+
+
+CUT = (GroupUnits, LayerUnits)
+"""Structures whose units are cut out of the model in the end; those of others stay as zeros."""
 
 
 class Pruner:
@@ -131,7 +136,7 @@ class Pruner:
                 "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
             )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
-        if any(isinstance(each, GroupUnits) for each in recipe.structures):
+        if any(isinstance(each, CUT) for each in recipe.structures):
             _refuse_unshrinkable(self.model, self.graph)
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
@@ -441,8 +446,8 @@ class Pruner:
         return model, report
 
     def _group_plan(self, plan: Plan) -> Plan:
-        """The part of `plan` that is about dimension groups: what makes the model narrower."""
-        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, GroupUnits)}
+        """The part of `plan` that is about units of groups or whole layers: what makes the model smaller."""
+        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, CUT)}
 
     def _prices(self, groups: Plan) -> dict[str, dict[str, float]]:
         """`Report.prices` of a group plan; none without groups, so that a method on weights needs no trace."""

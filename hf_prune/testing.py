@@ -54,7 +54,8 @@ class Case:
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """A new tiny model of the kind that the method prunes."""
-        return _TINY_MODELS[getattr(self.module, "TINY_MODEL", "text")](seed)
+        kind = getattr(self.module, "TINY_MODEL", "text")
+        return _TINY_MODELS[getattr(self.module, "TINY_MODELS", {}).get(self.variant, kind)](seed)
 
     def batches(self, model: PreTrainedModel, count: int, size: int = 8) -> list[dict[str, Tensor]]:
         """`count` batches of labelled inputs that `model` takes."""
@@ -93,7 +94,23 @@ def tiny_image_model(seed: int = 0, **config: Any) -> PreTrainedModel:
     return ResNetForImageClassification(ResNetConfig(**{**sizes, "layer_type": "basic", **config}))
 
 
-_TINY_MODELS: dict[str, Callable[..., PreTrainedModel]] = {"text": tiny_text_model, "image": tiny_image_model}
+def tiny_deep_model(seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A ViT classifier of four layers, in float32 and without dropout."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(
+        ViTConfig(**{**sizes, **dropout, "intermediate_size": 24, "num_labels": 3, **config})
+    )
+
+
+_TINY_MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "text": tiny_text_model,
+    "image": tiny_image_model,
+    "deep": tiny_deep_model,
+}
 
 
 def _tiny_batch(model: Any, size: int, seed: int) -> dict[str, Tensor]:

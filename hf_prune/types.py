@@ -71,6 +71,32 @@ class Group:
     role: str = "neurons"
 
 
+@dataclass(frozen=True)
+class StackLayer:
+    """A layer that can go whole: with all of its parameters zero it hands on what it is given."""
+
+    index: int
+    """Place in its stack."""
+    parameters: tuple[str, ...]
+    multiply_adds: float
+    """Of one sample."""
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Residual layers that run one after another; those in `layers` are the units that a plan may drop.
+
+    `name` is the path of the module list, `size` the number of all its layers; `frozen` says why each other one stays.
+    `normalised` marks stacks with a norm on the residual path (post-norm), where removing a layer is not exact.
+    """
+
+    name: str
+    size: int
+    layers: tuple[StackLayer, ...]
+    frozen: Mapping[int, str] = field(default_factory=dict)
+    normalised: bool = False
+
+
 class Structure(Protocol):
     """How one or several weights divide into units (see `parts.structures`)."""
 

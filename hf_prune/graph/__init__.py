@@ -8,6 +8,7 @@ verify: what is checked before and after.
 lazy: the graph of a run, traced when it is first looked at.
 writers: which layers a group comes from, and whether it can be silenced at them.
 neighbours: which layers each layer hears and is heard by, and what scales the channels between them.
+stacks, depth: which whole layers can go, and how they are taken out.
 resize, table, sizes: the same shapes again on a freshly built model.
 """
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_prune.graph.axes import Axis, freeze
+from hf_prune.graph.depth import settle
 from hf_prune.graph.example import example_inputs as default_inputs
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups
 from hf_prune.graph.latency import Latency
 from hf_prune.graph.prices import Price, Prices
 from hf_prune.graph.scales import find_scales
+from hf_prune.graph.stacks import find_stacks
 from hf_prune.graph.table import CONFIG
 from hf_prune.graph.trace import Inputs, as_arguments, record, refuse_wrapped
-from hf_prune.types import Group, Plan
+from hf_prune.types import Group, LayerStack, Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +46,42 @@ class Graph:
         """Milliseconds of any plan on this machine; ask for it first while the model is as it was traced."""
         return Latency(self.model, self.inputs, self.flow, self.axes)
 
+    @cached_property
+    def stacks(self) -> dict[str, LayerStack]:
+        """Lists of residual layers some of which can go whole; ask for them first while the model is as it was traced.
+
+        Runs the model, once with and without each layer.
+        """
+        return find_stacks(self.model, self.inputs, partial(settle, self.model, self.inputs))
+
+    def names_layers(self, plan: Plan) -> bool:
+        """Whether `plan` drops whole layers of `stacks`; one that does can drop nothing else."""
+        others = plan.keys() - self.groups.keys() - self.frozen.keys()
+        return bool(others) and plan.keys() <= self.stacks.keys()
+
     def price(self, plan: Plan | None = None) -> Price:
-        """What the model costs once `plan` is carried out; groups that it does not name stay whole."""
+        """What the model costs once `plan` is carried out; groups and layers that it does not name stay whole."""
+        if plan and self.names_layers(plan):
+            return self._price_without(plan)
         kept = {name: int(keep.sum()) for name, keep in (plan or {}).items()}
         sizes = torch.tensor([kept.get(name, group.size) for name, group in self.groups.items()])
         return Price(*self.prices.at(sizes).tolist())
+
+    def _price_without(self, plan: Plan) -> Price:
+        """Of the whole model, less the layers that `plan` drops."""
+        whole = self.price()
+        gone = [
+            layer
+            for name, keep in plan.items()
+            for layer, stays in zip(self.stacks[name].layers, keep.tolist(), strict=True)
+            if not stays
+        ]
+        sizes = {name: math.prod(self.flow.tensors[name].sizes) for layer in gone for name in layer.parameters}
+        return Price(
+            whole.multiply_adds - sum(layer.multiply_adds for layer in gone),
+            whole.parameters - sum(sizes.values()),
+            whole.bytes - sum(count * self.element_bytes[name] for name, count in sizes.items()),
+        )
 
     @cached_property
     def prices(self) -> Prices:

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from hf_prune.graph.graph import Graph, trace
-from hf_prune.types import Group, PruneError
+from hf_prune.types import Group, LayerStack, PruneError
 
 ExampleInputs = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
 
@@ -32,6 +32,11 @@ class LazyGraph:
     def groups(self) -> Mapping[str, Group]:
         """The groups that can be pruned."""
         return self.traced.groups
+
+    @property
+    def stacks(self) -> Mapping[str, LayerStack]:
+        """The lists of layers some of which can go whole."""
+        return self.traced.stacks
 
     @property
     def frozen(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_prune.graph.depth import remove_layers
 from hf_prune.graph.fold import fold_constants
 from hf_prune.graph.graph import Graph
 from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, loses, select, spread
@@ -25,8 +26,12 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
 
     Parameters keep their identity (optimizers and ties still hold them); their gradients are dropped. Everything is
     checked before the model is touched: a plan or model that does not fit raises `PruneError`, and so does one whose
-    shrunk form would not run.
+    shrunk form would not run. A plan for `graph.stacks` takes whole layers out; it cannot name groups, too.
     """
+    if graph.names_layers(plan):
+        check_model(model, graph)
+        remove_layers(model, graph.inputs, graph.stacks, plan)
+        return ShapeTable()
     check_plan(graph, plan)
     check_model(model, graph)
     kept, indices = kept_axes(graph, plan), kept_entries(graph, plan)

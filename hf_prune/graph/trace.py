@@ -179,6 +179,19 @@ def record_on(
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modes and torch's random state come back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=()):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Fake tensors log what they cannot do before raising it; the real run comes next, so nobody needs to know."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice, require_range, require_removal
 from hf_prune.graph import Graph
+from hf_prune.graph.trace import evaluating
 from hf_prune.parts.budgets import PRICES, require_reachable
 from hf_prune.parts.channel_gates import ChannelGate, ChannelMask, channel_targets, passing
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import floor_count, keep_highest
-from hf_prune.parts.statistics import Batch, Calibration, evaluating, mean_over_processes
+from hf_prune.parts.statistics import Batch, Calibration, mean_over_processes
 from hf_prune.types import Paper, Phase, Plan, PruneError
 
 PAPER = Paper(

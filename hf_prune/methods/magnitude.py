@@ -7,7 +7,7 @@ Equations score = mean |w| ("l1", Li et al. 2017, section 3.1, divided by the un
           -> `schedules.cubic`.
 Differs   Li et al. rank the filters of each layer by themselves (`scope="per_group"`); the global ranking divides each
           group's scores by their mean, without which layers of small weights would vanish whole. Units of a group are
-          scored by the tensors that produce them, whichever operation couples them.
+          scored by the tensors that produce them, whichever operation couples them; whole layers by all their weights.
 Related   `movement` with variant "magnitude" is the unstructured baseline of its paper, under that paper's settings.
 """
 
@@ -41,6 +41,7 @@ PAPER = Paper(
 NEEDS_TRAINING = False
 GOALS = targets.GOALS
 TINY_MODEL = "image"
+TINY_MODELS = {"layers": "deep"}  # variant -> another model than that
 
 SCORES = ("l1", "l2", "random")
 
@@ -51,14 +52,14 @@ class MagnitudeConfig(PruneConfig):
 
     method = "magnitude"
 
-    structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
+    structure: str = ""  # "element" (weights), "group" (units), "layer" (whole layers); empty: what the goal needs
     score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation
-    normalised_groups: bool = False  # also prune groups under LayerNorm-like statistics, which is not exact
+    normalised_groups: bool = False  # also prune under LayerNorm-like statistics, which is not exact
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("score", self.score, SCORES)
-        targets.settle_structure(self)
+        targets.settle_structure(self, layers=True)
 
 
 Config = MagnitudeConfig
@@ -89,5 +90,6 @@ TINY = {
     "flops": MagnitudeConfig(target_flops=0.5, begin=0.2, end=0.6),
     "units": MagnitudeConfig(target_units=0.5, begin=0.2, end=0.6, scope="per_group"),
     "params_per_group": MagnitudeConfig(target_params=0.5, begin=0.2, end=0.6, scope="per_group"),
+    "layers": MagnitudeConfig(target_units=0.5, begin=0.2, end=0.6, structure="layer"),
     "bytes_random": MagnitudeConfig(target_bytes=0.5, begin=0.2, end=0.6, score="random"),
 }

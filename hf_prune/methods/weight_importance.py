@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice, require_range
+from hf_prune.graph.trace import evaluating
 from hf_prune.parts import schedules, targets
 from hf_prune.parts.curvature import curvature, example_gradients, natural
 from hf_prune.parts.gates import MaskGate
@@ -32,7 +33,7 @@ from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import dense_parameter
 from hf_prune.parts.selection import keep_highest, lasting
-from hf_prune.parts.statistics import Batch, Calibration, Data, RunningMean, evaluating
+from hf_prune.parts.statistics import Batch, Calibration, Data, RunningMean
 from hf_prune.types import Paper, Structure
 
 PAPER = Paper(

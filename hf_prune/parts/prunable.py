@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.types import Group, Member, PruneError
+from hf_prune.types import Group, LayerStack, Member, PruneError
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -88,6 +88,31 @@ def prunable_groups(
         raise PruneError(
             f"no group of {type(model).__name__} is left to prune among {len(groups)} (include={include}, "
             f"exclude={exclude}); `hf_prune.graph.trace(model, inputs).groups` lists them."
+        )
+    return chosen
+
+
+def prunable_stacks(
+    stacks: Mapping[str, LayerStack],
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    normalised: bool = False,
+) -> list[LayerStack]:
+    """Stacks whose own name, such as 'vit.layers', matches `include` (any, without it) and not `exclude`.
+
+    normalised: also those with a norm on the residual path, where taking a layer out is not exact.
+
+    Raises:
+        PruneError: nothing is left.
+    """
+    allowed = [stack for stack in stacks.values() if normalised or not stack.normalised]
+    include, exclude = tuple(include) or ("*",), tuple(exclude)
+    chosen = [each for each in allowed if _matches({each.name}, include) and not _matches({each.name}, exclude)]
+    if not chosen:
+        inexact = [stack.name for stack in stacks.values() if stack.normalised]
+        hint = f"; post-norm, where it is not exact (normalised_groups=True takes them): {inexact}" if inexact else ""
+        raise PruneError(
+            f"no stack of layers is left to prune among {list(stacks)} (include={include}, exclude={exclude}){hint}."
         )
     return chosen
 

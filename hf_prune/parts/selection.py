@@ -146,7 +146,8 @@ def top_units(structures: Sequence[Structure], goal: Goal, *, scope: str, min_ke
         if scope == "per_group":
             return {n: keep_highest([s], max(floors[n], count(len(s), share)))[0] for n, s in scores.items()}
         raised = {n: s.masked_fill(keep_highest([s], floors[n])[0], float("inf")) for n, s in scores.items()}
-        return dict(zip(raised, keep_highest(list(raised.values()), count(_total(scores), share)), strict=True))
+        wanted = max(count(_total(scores), share), sum(floors.values()))
+        return dict(zip(raised, keep_highest(list(raised.values()), wanted), strict=True))
 
     return select
 

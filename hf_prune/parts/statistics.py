@@ -7,7 +7,6 @@ a function that sums observations. Sums are double precision and cover every pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -57,19 +56,6 @@ class Calibration:
                 "the calibration data has no batch: it is empty, or an iterator that was read before; give data= a "
                 "list of batches or a DataLoader, which can be read again."
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes and torch's random state come back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng(devices=()):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How weights divide into units: single elements, blocks, rows, columns, and units of a dimension group.
+"""How weights divide into units: single elements, blocks, rows, columns, units of a dimension group, layers.
 
 A structure knows shapes only. It regroups a weight as `(units, elems)` and broadcasts one value per unit back to the
 weight's shape; scores, selection and masks are written once against these two functions.
@@ -6,6 +6,7 @@ weight's shape; scores, selection and masks are written once against these two f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.graph import spread, unit_indices
-from hf_prune.types import Group, Member, PruneError, Structure
+from hf_prune.types import Group, LayerStack, Member, PruneError, Structure
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,61 @@ class GroupUnits:
         return along.view([-1 if d == member.dim else 1 for d in range(len(shape))]).expand(shape)
 
 
+@dataclass(frozen=True)
+class LayerUnits:
+    """Whole layers of a stack, each with all of its parameters."""
+
+    stack: LayerStack
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def name(self) -> str:
+        """The stack's."""
+        return self.stack.name
+
+    @property
+    def units(self) -> int:
+        """How many of the stack's layers can go."""
+        return len(self.stack.layers)
+
+    @property
+    def unit_size(self) -> int:
+        """An equal share of the layers' weights, without biases and norm parameters."""
+        return sum(self.weights) // self.units
+
+    @cached_property
+    def weights(self) -> tuple[int, ...]:
+        """How many weights each layer has."""
+        shapes = dict(self.shapes)
+        sizes = ([shapes[name] for name in layer.parameters] for layer in self.stack.layers)
+        return tuple(sum(math.prod(shape) for shape in each if len(shape) > 1) for each in sizes)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every parameter of the layers."""
+        return tuple(name for name, _ in self.shapes)
+
+    producers = tensors
+
+    @cached_property
+    def _owner(self) -> dict[str, int]:
+        return {name: unit for unit, layer in enumerate(self.stack.layers) for name in layer.parameters}
+
+    def view(self, weight: Tensor, tensor: str) -> Tensor:
+        """`weight` in the row of its layer, zeros in all others."""
+        rows = weight.new_zeros(self.units, weight.numel())
+        return rows.index_copy(0, torch.tensor([self._owner[tensor]], device=weight.device), weight.reshape(1, -1))
+
+    def expand(self, keep: Tensor, tensor: str) -> Tensor:
+        """The value of the tensor's layer, everywhere."""
+        return keep[self._owner[tensor]].expand(dict(self.shapes)[tensor])
+
+    def remaining(self, keep: Tensor) -> list[int]:
+        """Places in the stack of all layers that stay."""
+        gone = {layer.index for layer, stays in zip(self.stack.layers, keep.tolist(), strict=True) if not stays}
+        return [index for index in range(self.stack.size) if index not in gone]
+
+
 def output_dim(module: nn.Module) -> int:
     """Which dimension of the module's weight counts its outputs."""
     return 1 if isinstance(module, Conv1D) else 0
@@ -278,6 +334,13 @@ def _is_hidden_width(structure: GroupUnits, weights: Mapping[str, nn.Module]) ->
     single = all(member.outer == member.inner == 1 for member in members)
     both_sides = {member.reads for member in members if member.tensor in matrices} == {True, False}
     return single and both_sides and not structure.group.normalised and matrices <= weights.keys()
+
+
+def layer_structure(stack: LayerStack, model: nn.Module) -> LayerUnits:
+    """`stack` bound to the shapes that its parameters have in `model`."""
+    tensors = dict(model.named_parameters())
+    names = [name for layer in stack.layers for name in layer.parameters]
+    return LayerUnits(stack, tuple((name, tuple(tensors[name].shape)) for name in names))
 
 
 def group_structure(group: Group, model: nn.Module) -> GroupUnits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig
-from hf_prune.parts.structures import GroupUnits
+from hf_prune.parts.structures import GroupUnits, LayerUnits
 from hf_prune.types import Paper, Plan, Report, Structure
 
 
@@ -71,6 +72,8 @@ def _chained(first: dict[str, Any], then: dict[str, Any] | None) -> dict[str, An
 
 def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
     layer = {"structure": type(structure).__name__, "units": structure.units, "kept": int(keep.sum())}
+    if isinstance(structure, LayerUnits):
+        return {**layer, "role": "layers", "indices": structure.remaining(keep)}
     if not isinstance(structure, GroupUnits):
         return layer
     return {**layer, "role": structure.group.role, "indices": keep.nonzero()[:, 0].tolist()}
@@ -79,9 +82,12 @@ def _layer(structure: Structure, keep: Tensor) -> dict[str, Any]:
 def _count(structures: Sequence[Structure], plan: Plan) -> _Weights:
     weights = _Weights()
     for structure in structures:
-        alive = int(plan[structure.name].sum())
+        keep = plan[structure.name]
+        alive = int(keep.sum())
         if isinstance(structure, GroupUnits):
             weights.narrow(structure, alive)
+        elif isinstance(structure, LayerUnits):
+            weights.shorten(structure, keep)
         else:
             weights.thin(structure, alive)
     return weights
@@ -106,6 +112,10 @@ class _Weights:
     def thin(self, structure: Structure, alive: int) -> None:
         self._sizes[structure.name] = (structure.units * structure.unit_size,)
         self._thinned += alive * structure.unit_size
+
+    def shorten(self, structure: LayerUnits, keep: Tensor) -> None:
+        self._sizes[structure.name] = (sum(structure.weights),)
+        self._thinned += sum(itertools.compress(structure.weights, keep.tolist()))
 
     @property
     def prunable(self) -> int:
