@@ -30,7 +30,7 @@ FASHION := $(DEB)/dataset-fashion-mnist.unpacked
 EMOJI := $(NPM)/emoji-datasource-google/package.json $(NPM)/emoji-datasource-twitter/package.json
 
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format docs demo demo-quick data data-text data-images clean
+.PHONY: help install test lint format docs demo demo-quick data data-text data-demo-images data-images clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -54,17 +54,20 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
-demo: data-text $(FASHION)
+demo: data-text data-demo-images
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/demo_images.py
 
-demo-quick: data-text $(FASHION)
+demo-quick: data-text data-demo-images
 	$(BIN)/python examples/demo.py --tiny
 	$(BIN)/python examples/demo_images.py --tiny
 
 data: data-text data-images $(BBC) $(WORDNET)
 
 data-text: $(VADER) $(MINILM)
+
+# The emoji come from npm; without it the demo leaves them out.
+data-demo-images: $(FASHION) $(MOBILENET) $(if $(shell command -v npm),$(EMOJI))
 
 data-images: $(MOBILENET) $(FASHION) $(EMOJI)
 

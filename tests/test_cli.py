@@ -90,6 +90,13 @@ def test_inspect_lists_groups_and_finds_shrinking_exact(tmp_path: Path) -> None:
     assert result["check"]["exact"] and result["check"]["groups"] == 7
 
 
+def test_inspect_lists_whole_layers(tmp_path: Path) -> None:
+    folder = save_text_model(tmp_path / "model")
+    (stack,) = cli("inspect", folder, "--layers", "--json").result["layers"]
+    assert stack == {"name": "bert.encoder.layer", "layers": 2, "can_go": [0, 1], "exact": False, "frozen": {}}
+    assert "can go" in cli("inspect", folder, "--layers").out
+
+
 def test_inspect_says_where_shrinking_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_prune.graph.verify.mask", lambda model, graph, plan: None)  # masks nothing
     done = cli("inspect", save_image_model(tmp_path / "model"), "--check", "--plans", 1)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from hf_prune.cli.data import Source
     from hf_prune.graph import Graph
-    from hf_prune.types import Group
+    from hf_prune.types import Group, LayerStack
 
 EXACT = 1e-8
 """Largest difference of outputs in double precision, as a fraction of the largest output, that counts as none."""
@@ -23,6 +23,9 @@ EXACT = 1e-8
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id or folder of the model.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also list which whole layers can go; runs the model twice a layer.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Shrink copies by random plans and compare them with masked ones.")
     ] = False,
@@ -62,6 +65,9 @@ def inspect(
     groups = [*graph.groups.values(), *graph.frozen.values()]
     result: dict[str, Any] = {"model": model, "groups": [_describe(group) for group in groups]}
     shown = [_groups_table(result["groups"])]
+    if layers:
+        result["layers"] = [_describe_stack(stack) for stack in graph.stacks.values()]
+        shown.append(_layers_table(result["layers"]))
     if check:
         result["check"] = _check(loaded, graph, plans)
         shown.append(f"Shrinking is {_exactness(result['check'])}.")
@@ -76,6 +82,29 @@ def inspect(
     show(result, *shown, as_json=as_json)
     if check and not result["check"]["exact"]:
         raise typer.Exit(1)
+
+
+def _describe_stack(stack: LayerStack) -> dict[str, Any]:
+    return {
+        "name": stack.name,
+        "layers": stack.size,
+        "can_go": [layer.index for layer in stack.layers],
+        "exact": not stack.normalised,
+        "frozen": {str(index): reason for index, reason in stack.frozen.items()},
+    }
+
+
+def _layers_table(stacks: list[dict[str, Any]]) -> Any:
+    rows = [
+        (
+            stack["name"],
+            f"{len(stack['can_go'])} of {stack['layers']} can go",
+            "; ".join(f"{index} stays: {reason}" for index, reason in stack["frozen"].items()),
+            "" if stack["exact"] else "not exact: post-norm",
+        )
+        for stack in stacks
+    ]
+    return table(("stack", "layers", "", ""), rows, title="Whole layers")
 
 
 def _describe(group: Group) -> dict[str, Any]:
