@@ -87,12 +87,14 @@ def run(cells: Sequence[Cell], function: Callable[[Cell], dict[str, Any]], store
             print(f"[{done}/{len(waiting)}, {time.perf_counter() - begin:.0f} s] {key(cell)}", flush=True)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """What every benchmark of cells takes."""
+def arguments(description: str, **choices: Sequence[str]) -> argparse.Namespace:
+    """What every benchmark of cells takes; `choices` are lists of which a run may do only some."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few rows, one seed: shows that it runs")
     parser.add_argument("--table", action="store_true", help="print the finished cells and stop")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes side by side")
+    for name, known in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=name.upper())
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """Every method that prunes channels, on Fashion-MNIST and on emoji drawings, from one dense model and with equal steps.
 
     python benchmarks/channel_methods.py            # all cells; finished ones stay, so it can be stopped and resumed
+    python benchmarks/channel_methods.py --only resrep "uniform L1" --task fashion      # some rows of one task
     python benchmarks/channel_methods.py --quick    # few rows and steps, one seed, minutes: shows that it runs
     python benchmarks/channel_methods.py --table    # only print what is there
 
@@ -490,25 +491,27 @@ def tasks_at_hand(quick: bool) -> list[str]:
     return found
 
 
-def run_all(store: Store, quick: bool, workers: int) -> None:
-    tasks = tasks_at_hand(quick)
+def run_all(store: Store, quick: bool, workers: int, only: Sequence[str], wanted: Sequence[str]) -> None:
+    tasks = [task for task in tasks_at_hand(quick) if task in wanted]
     dense = [dense_cell(task, quick) for task in tasks]
     for cell in dense:
         if not dense_folder(cell).exists():
             store.forget(cell)
     run(dense, train_cell, store, workers)
-    run([cell for row in rows() for cell in trial_cells(row, quick)], train_cell, store, workers)
-    run(guarded_cells(quick), train_cell, store, workers)
+    ranked = [row for row in only if row in rows()]
+    run([cell for row in ranked for cell in trial_cells(row, quick)], train_cell, store, workers)
+    if "play_and_prune" in only:
+        run(guarded_cells(quick), train_cell, store, workers)
     for task in tasks:
         for goal in (0.5,) if quick else TASKS[task].goals:
-            run([c for row in rows() for c in row_cells(store, task, row, goal, quick)], train_cell, store, workers)
+            run([c for row in ranked for c in row_cells(store, task, row, goal, quick)], train_cell, store, workers)
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
+    options = arguments(__doc__.splitlines()[0], only=[*rows(), "play_and_prune"], task=list(TASKS))
     store = open_store("channel_methods", options.quick)
     if not options.table:
-        run_all(store, options.quick, options.workers)
+        run_all(store, options.quick, options.workers, options.only, options.task)
     summary = summarise(store, options.quick)
     store.write(summary=summary)
     print_tables(summary)
