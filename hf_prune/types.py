@@ -158,14 +158,16 @@ class ShapeTable:
     """How a narrow model differs from what its config builds; replayed by the loader.
 
     `shapes`: tensor name -> narrow shape. `attributes`: module name -> attribute -> int or tuple of ints; an attribute
-    named `config.x` sets `x` in a copy of the config that this module alone owns.
+    named `config.x` sets `x` in a copy of the config that this module alone owns. `buffers`: one-dimensional buffer
+    that no checkpoint holds, such as the frequencies of rotary embeddings -> those of its entries that stay.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes)
+        return bool(self.shapes or self.attributes or self.buffers)
 
 
 PRUNING_FILE = "pruning.json"

@@ -8,9 +8,19 @@ import pytest
 import torch
 from narrow_models import MODELS, bert, logits, mobilenet, narrow_model, resnet
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
+from zoo import GROUPED, build
 
+from hf_prune.checkpoint import mark, save_pretrained
+from hf_prune.graph import shrink, trace
 from hf_prune.graph.resize import resize, shape_table
 from hf_prune.graph.sizes import sync_attributes
 from hf_prune.graph.table import tensors_of
@@ -64,7 +74,7 @@ def test_attributes_elsewhere_are_compared_only_when_recorded():
     attention.num_attention_heads = 2
     name = "bert.encoder.layer.1.attention.self"
     assert not shape_table(model, lambda: rebuilt(model))
-    table = shape_table(model, lambda: rebuilt(model), {name: {"num_attention_heads": 0}})
+    table = shape_table(model, lambda: rebuilt(model), ShapeTable(attributes={name: {"num_attention_heads": 0}}))
     assert table.attributes == {name: {"num_attention_heads": 2}}
 
 
@@ -75,7 +85,7 @@ def test_config_attribute_belongs_to_one_module():
     config = model.get_submodule(name).config
     assert (config.num_attention_heads, config.hidden_size) == (2, 16)
     assert (model.config.num_attention_heads, model.config.hidden_size) == (4, 32)
-    recorded = {name: {"config.num_attention_heads": 0, "config.hidden_size": 0}}
+    recorded = ShapeTable(attributes={name: {"config.num_attention_heads": 0, "config.hidden_size": 0}})
     assert shape_table(model, lambda: rebuilt(model), recorded).attributes == {
         name: {"config.num_attention_heads": 2, "config.hidden_size": 16}
     }
@@ -180,3 +190,43 @@ def test_depthwise_block_runs():
     model, table = mobilenet()
     resize(model, table)
     assert model.mobilenet_v2.layer[0].conv_3x3.convolution.groups == 30
+
+
+def test_frequencies_of_rotary_embeddings_lose_the_entries_of_dropped_pairs(tmp_path):
+    model, inputs = build("LlamaForSequenceClassification", torch.float32)
+    full = model.model.rotary_emb.inv_freq.clone()
+    for kept in ([0, 2, 3, 5, 6, 7], [0, 1, 4]):  # the second of what the first leaves
+        graph = trace(model, inputs)
+        width = graph.groups["model.layers.head_width"]
+        mark(model, shrink(model, graph, {width.name: torch.isin(torch.arange(width.size), torch.tensor(kept))}))
+    assert torch.equal(model.model.rotary_emb.inv_freq, full[[0, 2, 6]])
+    table = model.config.quantization_config
+    assert table["buffers"] == {"model.rotary_emb.inv_freq": [0, 2, 6]}
+    save_pretrained(model, tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    encoder = AutoModel.from_pretrained(tmp_path)  # has its names without a prefix
+    assert torch.equal(encoder.rotary_emb.inv_freq, full[[0, 2, 6]])
+
+
+def test_frequencies_that_change_with_the_length_of_the_text_stay():
+    config = LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    graph = trace(LlamaForCausalLM(config).eval())
+    assert not [name for name, group in graph.groups.items() if group.role == "head_width"]
+
+
+@pytest.mark.parametrize(
+    ("buffers", "message"),
+    [
+        ({"model.rotary_emb.inv_freq": (3, 1)}, "ascending"),
+        ({"model.rotary_emb.inv_freq": (0, 8)}, "of its 8 entries"),
+        ({"model.rotary_emb.inv_freq": ()}, "one or more"),
+        ({"model.rotary_emb.inv_frequency": (0,)}, "Did you mean 'model.rotary_emb.inv_freq'"),
+        ({"lm_head.weight": (0,)}, "Unknown buffer"),
+    ],
+)
+def test_hostile_tables_of_buffers_are_refused(buffers, message):
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED))
+    with pytest.raises(CheckpointError, match=message):
+        resize(model, ShapeTable(buffers=buffers))
+    assert len(model.model.rotary_emb.inv_freq) == 8

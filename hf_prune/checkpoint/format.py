@@ -3,6 +3,7 @@
     {"quant_method": "hf_prune", "format_version": 1,
      "shapes": {tensor: [sizes]},                       tensors narrower than the config says
      "attributes": {module: {attribute: int or [ints]}},
+     "buffers": {buffer: [places]},                     entries left of buffers that code makes
      "encodings": {tensor: {"kind": "gap8", "shape": [sizes], "dtype": "float32"}}}
 
 It is data from strangers: types and names are checked here, sizes against the model in `graph.table` and against the
@@ -53,6 +54,7 @@ def to_dict(table: CheckpointTable) -> dict[str, Any]:
             module: {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
             for module, attributes in table.narrow.attributes.items()
         },
+        "buffers": {name: list(entries) for name, entries in table.narrow.buffers.items()},
         "encodings": {name: asdict(packed) | {"shape": list(packed.shape)} for name, packed in table.encodings.items()},
     }
 
@@ -76,8 +78,9 @@ def parse(raw: Mapping[str, Any]) -> CheckpointTable:
         for module in _mapping(raw, "attributes")
         for named in [_mapping(raw["attributes"], module)]
     }
+    buffers = {name: _shape(f"buffers[{name!r}]", entries) for name, entries in _mapping(raw, "buffers").items()}
     encodings = {name: _packed(name, _mapping(raw["encodings"], name)) for name in _mapping(raw, "encodings")}
-    return CheckpointTable(ShapeTable(shapes, attributes), encodings)
+    return CheckpointTable(ShapeTable(shapes, attributes, buffers), encodings)
 
 
 def _packed(name: str, raw: Mapping[str, Any]) -> Packed:

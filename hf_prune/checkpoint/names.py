@@ -8,6 +8,7 @@ that they stay right when a newer transformers renames again.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def state_on_disk(model: Any, state: Mapping[str, Any], names: Mapping[str, str]
 
 def table_on_disk(narrow: ShapeTable, names: Mapping[str, str]) -> ShapeTable:
     """`narrow` with its tensors named as on disk, where `names` (from `disk_names`) has them."""
-    return ShapeTable({names.get(name, name): shape for name, shape in narrow.shapes.items()}, narrow.attributes)
+    return replace(narrow, shapes={names.get(name, name): shape for name, shape in narrow.shapes.items()})
 
 
 def packable(model: Any, names: Mapping[str, str], suffix: str) -> set[str]:

@@ -18,7 +18,7 @@ from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, pa
 from hf_prune.checkpoint.names import disk_names, packable, state_on_disk, table_on_disk
 from hf_prune.checkpoint.staging import staged
 from hf_prune.checkpoint.standalone import MODULE_FILE, auto_map, module_source
-from hf_prune.graph.resize import Attributes, shape_table
+from hf_prune.graph.resize import shape_table
 from hf_prune.graph.table import tensors_of
 from hf_prune.types import PRUNING_FILE, PruneError, Report, ShapeTable
 
@@ -81,20 +81,25 @@ def is_ours(name: str) -> bool:
 def mark(model: PreTrainedModel, recorded: ShapeTable | None = None) -> None:
     """Put what makes `model` narrow into its config, so that its own `save_pretrained` writes a folder that loads.
 
-    recorded: what `graph.shrink` returned; module attributes in it are kept where comparing sizes could not find them.
+    recorded: what `graph.shrink` returned; what it says of attributes and buffers cannot all be found by comparing.
     """
-    narrow = narrow_table(model, recorded.attributes if recorded else {})
+    narrow = narrow_table(model, recorded)
     table = CheckpointTable(table_on_disk(narrow, disk_names(model)))
     if table:
         model.config.quantization_config = to_dict(table)
 
 
-def narrow_table(model: PreTrainedModel, recorded: Attributes | None = None) -> ShapeTable:
+def narrow_table(model: PreTrainedModel, recorded: ShapeTable | None = None) -> ShapeTable:
     """How `model` is narrower than its config says. Raises `CheckpointError` while gates are attached."""
-    before = earlier_table(model).narrow.attributes
-    changed = {name: {**before.get(name, {}), **values} for name, values in (recorded or {}).items()}
+    before, recorded = earlier_table(model).narrow, recorded or ShapeTable()
+    changed = {name: {**before.attributes.get(name, {}), **values} for name, values in recorded.attributes.items()}
+    left = {
+        name: tuple(before.buffers[name][entry] for entry in entries) if name in before.buffers else entries
+        for name, entries in recorded.buffers.items()
+    }
+    known = ShapeTable({}, {**before.attributes, **changed}, {**before.buffers, **left})
     config = copy.deepcopy(model.config)
-    return shape_table(model, lambda: type(model)(config), {**before, **changed})
+    return shape_table(model, lambda: type(model)(config), known)
 
 
 def earlier_table(model: PreTrainedModel) -> CheckpointTable:

@@ -7,6 +7,7 @@ something imported by name is gone, importing fails with the message of `registr
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from hf_prune.checkpoint.encodings import ENCODINGS, decode
 from hf_prune.checkpoint.files import check_files
 from hf_prune.checkpoint.format import QUANT_METHOD, CheckpointTable, Packed, parse, to_dict
 from hf_prune.checkpoint.names import disk_names, module_names, table_on_disk, tensor_names
-from hf_prune.graph.resize import owners, resize
-from hf_prune.graph.table import require_known, tensors_of
+from hf_prune.graph.resize import owners, pick, resize
+from hf_prune.graph.table import check_buffers, made_buffers, owner_and_leaf, require_known, tensors_of
 from hf_prune.types import ShapeTable
 
 CHECKED_WITH = "5.23.0"
@@ -103,14 +104,25 @@ class HfPruneQuantizer(HfQuantizer):
         table: CheckpointTable = config.table
         stored = [*table.narrow.shapes, *table.encodings]
         names, moved = tensor_names(stored, model)
-        modules = module_names(table.narrow.attributes, model)
+        buffers = table.narrow.buffers
+        modules = module_names([*table.narrow.attributes, *(owner_and_leaf(name)[0] for name in buffers)], model)
         if not moved and type(model).__name__ in (model.config.architectures or ()):
             # Another class rightly lacks the head of the one saved; the same class must know every name.
             require_known(stored, names.keys() | tensors_of(model).keys(), "tensor")
             require_known(table.narrow.attributes, modules.keys() | dict(model.named_modules()).keys(), "module")
-        self.narrow = ShapeTable(_renamed(table.narrow.shapes, names), _renamed(table.narrow.attributes, modules))
+            require_known(buffers, made_buffers(model), "buffer")
+        self.narrow = ShapeTable(
+            _renamed(table.narrow.shapes, names),
+            _renamed(table.narrow.attributes, modules),
+            {
+                f"{modules[owner]}.{leaf}": entries
+                for (owner, leaf), entries in ((owner_and_leaf(name), each) for name, each in buffers.items())
+                if owner in modules
+            },
+        )
         self.packed = _renamed(table.encodings, names)
-        resize(model, self.narrow)
+        check_buffers(model, self.narrow.buffers)
+        resize(model, replace(self.narrow, buffers={}))  # code fills these after the weights, at full size
         self.dtypes = {name: tensor.dtype for name, tensor in tensors_of(model).items()}
         if checkpoint_files is not None:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
@@ -127,6 +139,7 @@ class HfPruneQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on this is a plain narrow model: Trainer, `.half()` and `save_pretrained` must see no quantizer.
         self.remove_quantization_config(model)
+        pick(model, self.narrow.buffers)
         _cast_renamed(model, self.dtypes)
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [conversion for conversion in conversions if not isinstance(conversion, Unpack)]

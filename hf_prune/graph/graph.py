@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -19,7 +20,7 @@ from hf_prune.graph.latency import Latency
 from hf_prune.graph.prices import Price, Prices
 from hf_prune.graph.scales import find_scales
 from hf_prune.graph.stacks import find_stacks
-from hf_prune.graph.table import CONFIG
+from hf_prune.graph.table import CONFIG, made_buffers
 from hf_prune.graph.trace import Inputs, as_arguments, record, refuse_wrapped
 from hf_prune.types import Group, LayerStack, Plan
 
@@ -118,8 +119,16 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Graph:
 
 
 def _stored(model: nn.Module) -> set[str]:
-    """Names of the tensors that a checkpoint holds; code makes the others anew, at full size, when it is loaded."""
-    return set(model.state_dict()) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    """Names of the tensors that a loaded model has narrow; code makes others anew, at full size, when it is loaded.
+
+    Of vectors that are made so, loading picks entries, unless code makes them again for longer texts as it runs.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in made_buffers(model)}
+    changing = [
+        name for name, owner in owners.items() if re.search("dynamic|longrope", str(vars(owner).get("rope_type")))
+    ]
+    return (set(model.state_dict()) | owners.keys()) - {*ignored, *changing}
 
 
 def _samples(inputs: Inputs) -> int:

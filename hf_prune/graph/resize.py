@@ -8,14 +8,24 @@ uninitialised, so the same code serves models on meta and on a device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.graph.sizes import Size, sync_attributes
-from hf_prune.graph.table import CONFIG, aliases, attribute_holder, check, is_size, is_sizes, owner_and_leaf, tensors_of
+from hf_prune.graph.table import (
+    CONFIG,
+    aliases,
+    attribute_holder,
+    check,
+    is_size,
+    is_sizes,
+    made_buffers,
+    owner_and_leaf,
+    tensors_of,
+)
 from hf_prune.types import CheckpointError, ShapeTable
 
 Attributes = Mapping[str, Mapping[str, Size]]
@@ -40,15 +50,26 @@ def resize(model: nn.Module, table: ShapeTable) -> None:
             sync_attributes(modules[owner])
     # Attributes come last: they hold what the tensors do not say, such as the groups of a conv.
     rewrite(model, table.attributes)
+    pick(model, table.buffers)
 
 
-def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: Attributes | None = None) -> ShapeTable:
+def pick(model: nn.Module, buffers: Mapping[str, Sequence[int]]) -> None:
+    """Leave of each buffer the entries given, whose values it has."""
+    for name, entries in buffers.items():
+        owner, leaf = owner_and_leaf(name)
+        old = model.get_buffer(name)
+        setattr(model.get_submodule(owner), leaf, old[torch.tensor(entries, device=old.device)])
+
+
+def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: ShapeTable | None = None) -> ShapeTable:
     """What `resize` must replay to turn the model that `build` makes into `model`; empty for a dense model.
 
     `build` runs on meta. Only differences are read, so nothing needs to remember how `model` became narrow; `recorded`
-    names attributes (their values are ignored) that are also compared in modules without narrow tensors. Raises
-    `CheckpointError` where the two differ by more than sizes, such as by tensors added (gates, parametrizations).
+    names attributes (their values are ignored) that are also compared in modules without narrow tensors, and says which
+    entries are left of buffers. Raises `CheckpointError` where the two differ by more than sizes, such as by tensors
+    added (gates, parametrizations).
     """
+    recorded = recorded or ShapeTable()
     with torch.device("meta"):
         twin = build()
     tensors, wanted = tensors_of(model), tensors_of(twin)
@@ -60,9 +81,10 @@ def shape_table(model: nn.Module, build: Callable[[], nn.Module], recorded: Attr
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape != wanted[name].shape}
     resize(twin, ShapeTable(shapes))
-    attributes = _attribute_differences(model, twin, owners(shapes), recorded or {})
-    check(twin, ShapeTable(attributes=attributes))
-    return ShapeTable(shapes, attributes)
+    attributes = _attribute_differences(model, twin, owners(shapes), recorded.attributes)
+    buffers = {name: entries for name, entries in recorded.buffers.items() if name in made_buffers(model)}
+    check(twin, ShapeTable(attributes=attributes, buffers=buffers))
+    return ShapeTable(shapes, attributes, buffers)
 
 
 def _empty(old: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from hf_prune.graph.kept import Kept, kept_axes, kept_entries, kept_indices, los
 from hf_prune.graph.resize import Attributes, rewrite
 from hf_prune.graph.scales import rescale
 from hf_prune.graph.sizes import Size, sync_attributes
-from hf_prune.graph.table import attribute_holder
+from hf_prune.graph.table import attribute_holder, made_buffers
 from hf_prune.graph.trace import distinct_tensors
 from hf_prune.graph.traced_int import Attribute
 from hf_prune.graph.verify import check_model, check_plan, check_table, dry_run
@@ -35,8 +35,10 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> ShapeTable:
     check_plan(graph, plan)
     check_model(model, graph)
     kept, indices = kept_axes(graph, plan), kept_entries(graph, plan)
-    shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
-    table = ShapeTable(shapes, _attributes(model, graph, kept, kept))
+    made = made_buffers(model)
+    shapes = {name: tuple(map(len, each)) for name, each in indices.items() if name not in made}
+    buffers = {name: tuple(indices[name][0].tolist()) for name in made if name in indices}
+    table = ShapeTable(shapes, _attributes(model, graph, kept, kept), buffers)
     check_table(table)
     ratios = dry_run(model, graph, table, indices)
     fold_constants(model, graph, kept)

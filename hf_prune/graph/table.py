@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -29,10 +30,30 @@ def check(model: nn.Module, table: ShapeTable) -> None:
                     f"shapes: {name!r} is {list(shape)} and {alias!r} is {list(table.shapes[alias])}, but the model "
                     f"ties these two; give both the same shape."
                 )
+    check_buffers(model, table.buffers)
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name, attributes in table.attributes.items():
         for attribute, value in attributes.items():
             _check_attribute(modules[name], name, attribute, value, largest)
+
+
+def check_buffers(model: nn.Module, buffers: Mapping[str, Sequence[int]]) -> None:
+    """Raise `CheckpointError` unless every entry of `buffers` picks entries, in order, of a buffer that code makes."""
+    made = made_buffers(model)
+    require_known(buffers, made, "buffer")
+    for name, entries in buffers.items():
+        size = len(made[name])
+        ascending = all(low < high for low, high in itertools.pairwise(entries))
+        if not entries or not ascending or entries[0] < 0 or entries[-1] >= size:
+            raise CheckpointError(
+                f"buffers[{name!r}] must be ascending places of its {size} entries, one or more, got {list(entries)!r}."
+            )
+
+
+def made_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """One-dimensional buffers that code makes anew when a model is built, for no checkpoint holds them."""
+    stored = model.state_dict()
+    return {name: each for name, each in model.named_buffers() if name not in stored and each.ndim == 1}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -92,10 +92,11 @@ def dry_run(
     factor over new), where it follows a size.
     """
     before = graph.flow.trace
+    shapes = {name: tuple(map(len, each)) for name, each in indices.items()}
     tensors = {
         name: select(tensor.detach(), indices.get(name, ()))
         if before.real
-        else torch.empty(table.shapes.get(name, tensor.shape), dtype=tensor.dtype, device="meta")
+        else torch.empty(shapes.get(name, tensor.shape), dtype=tensor.dtype, device="meta")
         for name, tensor in distinct_tensors(model).items()
     }
     try:

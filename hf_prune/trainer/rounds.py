@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,19 @@ class RoundFolders:
 
     def restore(self, index: int, model: nn.Module) -> None:
         """Give `model` the shapes and weights of the one that round `index` started from."""
-        from hf_prune.checkpoint.save import mark, narrow_table
+        from hf_prune.checkpoint.save import earlier_table, mark, narrow_table
         from hf_prune.graph.resize import resize
 
+        assert isinstance(model, PreTrainedModel)
         saved = self.load(index, like=model)
-        table = narrow_table(saved)
+        table, before = narrow_table(saved), earlier_table(model).narrow.buffers
+        left = {
+            name: tuple(before[name].index(entry) for entry in entries) if name in before else entries
+            for name, entries in table.buffers.items()
+        }
+        table = replace(table, buffers=left)  # of those that `model` has
         resize(model, table)
         model.load_state_dict(saved.state_dict())
-        assert isinstance(model, PreTrainedModel)
         mark(model, table)
 
     def report(self, index: int) -> Report | None:
