@@ -89,7 +89,7 @@ def emoji():
     """64 x 64 colour emoji of nine groups, and an ImageNet MobileNetV2."""
     data = with_pixels(load_emoji(limit=options.rows), IMAGENET_MEAN, IMAGENET_STD)
     model = partial(load_mobilenet_v2, num_labels=9)
-    return Task("MobileNetV2, emoji", "mobilenet-emoji", data, model, 3, (1e-3, 1e-3), ("global",))
+    return Task("MobileNetV2, emoji", "mobilenet-emoji", data, model, 3, (1e-3, 1e-3), ("per_group",))
 
 
 def common(task, name, model, learning_rate):
