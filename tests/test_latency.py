@@ -135,7 +135,7 @@ def test_operations_that_cannot_run_alone_count_in_the_correction(monkeypatch: p
     def job(self: Any, sizes: Any, device: Any) -> Callable[[], Any]:
         raise RuntimeError("not out of its place")
 
-    monkeypatch.setattr(latency._Work, "job", job)
+    monkeypatch.setattr(latency.Work, "job", job)
     graph = trace(tiny_image_model(), PIXELS)
     plan = {name: torch.arange(group.size) % 2 == 0 for name, group in graph.groups.items()}
     assert graph.latency.at(plan) == graph.latency.at() == graph.latency.dense > 0

@@ -2,7 +2,7 @@
 
 trace (with provenance, traced_int, attributes, caches): one run as a graph that knows where sizes come from.
 axes, dims: the algebra of dimensions. flow (with rules and equations): the dims of every tensor of the run.
-groups, prices: what can be pruned, and what any plan costs.
+groups, prices: what can be pruned, and what any plan costs. latency (with work): what it takes, measured.
 shrink (with kept): the cut, and its inverse. constants, fold, scales: what keeps it exact.
 verify: what is checked before and after.
 lazy: the graph of a run, traced when it is first looked at.
