@@ -1,6 +1,6 @@
 """How much of what movement's scores rank by is signal: do two halves of one run's batches keep the same weights?
 
-    python benchmarks/movement_signal.py            # all-MiniLM-L6-v2 on movie sentiment, 510 steps, some 6 minutes
+    python benchmarks/movement_signal.py            # all-MiniLM-L6-v2 on movie sentiment, 510 steps, some 10 minutes
     python benchmarks/movement_signal.py --quick    # few rows and steps: shows that it runs
 
 A hard movement score is the sum of -W * dL/dW over the steps (equation 3 of Sanh et al. 2020), or what Adam makes of
@@ -8,6 +8,10 @@ those terms. One fine-tuning run, with the rows, teacher, loss and rates of `mov
 one score over its even and one over its odd steps. Both rank the same weights by equally good evidence; where the tenth
 that each would keep share no more weights than chance (a tenth), the ranking is noise and masking by it is random
 pruning. Beside it, how many of the largest weights of the start are still the largest.
+
+Then, what it does to the model that is being tuned to lose the lowest of each ranking, at random as well: a weight with
+a low movement score is one that the gradient pulls towards zero, and dropping many of those at once is one step of
+gradient descent as long as all these weights, in a direction that is right for short steps alone.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +36,9 @@ from hf_prune.parts.prunable import prunable_weights
 KEPT = 0.1
 LR, SCORE_LR, ALPHA, TEMPERATURE = 2e-4, 1e-2, 0.9, 2.0
 CHECKPOINTS = (8, 32, 128, 512)
+REMOVED_AT, REMOVED = (128, 512), (0.02, 0.05, 0.1, 0.2)
+"""Steps after which the lowest of each ranking are taken away, and which fractions of all weights."""
+VALIDATION_ROWS = 464
 
 
 class Half:
@@ -54,7 +61,44 @@ class Half:
 
     def kept(self, kind: str) -> Tensor:
         """The `KEPT` highest of all weights together, as one bool vector."""
-        return highest(torch.cat([score.detach().flatten() for score in getattr(self, kind).values()]))
+        return highest(flat(getattr(self, kind).values()))
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def rankings(weights: Mapping[str, nn.Parameter], halves: Sequence[Half]) -> dict[str, Tensor]:
+    """Scores of all weights together, over all steps so far."""
+    magnitude = flat(weights.values()).abs()
+    return {
+        "random": torch.rand(len(magnitude), generator=torch.Generator().manual_seed(0)),
+        "magnitude": magnitude,
+        "movement, plain sums": sum(flat(half.sums.values()) for half in halves),
+        "movement, Adam": sum(flat(half.adam.values()) for half in halves),
+    }
+
+
+@torch.no_grad()
+def without_lowest(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], scores: Tensor, fraction: float, batches: Sequence[Any]
+) -> dict[str, float]:
+    """Loss and accuracy without the lowest `fraction` of all weights; they come back."""
+    before = [weight.detach().clone() for weight in weights.values()]
+    gone = torch.zeros(len(scores), dtype=torch.bool)
+    gone[scores.topk(int(fraction * len(scores)), largest=False).indices] = True
+    for weight, part in zip(weights.values(), gone.split([len(each.flatten()) for each in before]), strict=True):
+        weight.masked_fill_(part.view_as(weight), 0.0)
+    model.eval()
+    outputs = [(model(**batch), batch["labels"]) for batch in batches]
+    model.train()
+    for weight, old in zip(weights.values(), before, strict=True):
+        weight.copy_(old)
+    rows = sum(len(labels) for _, labels in outputs)
+    return {
+        "loss": sum(len(labels) * float(output.loss) for output, labels in outputs) / rows,
+        "accuracy": 100 * sum(int((output.logits.argmax(-1) == labels).sum()) for output, labels in outputs) / rows,
+    }
 
 
 def highest(scores: Tensor) -> Tensor:
@@ -78,16 +122,23 @@ def losses(model: nn.Module, cell: Cell, limit: int) -> Iterator[Tensor]:
         yield (1 - ALPHA) * outputs.loss + ALPHA * distilled
 
 
+def validation_batches(size: dict[str, int]) -> list[Any]:
+    tokenizer, data = tokenized_rows(size["rows"])
+    rows = data["validation"].select(range(min(VALIDATION_ROWS, len(data["validation"]))))
+    return list(DataLoader(rows, 58, collate_fn=DataCollatorWithPadding(tokenizer)))
+
+
 def measure(size: dict[str, int], limit: int) -> dict[str, Any]:
     set_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=2).train()
     names = prunable_weights(model, (), ())
     weights = {name: parameter for name, parameter in model.named_parameters() if name in names}
-    before = highest(torch.cat([weight.detach().abs().flatten() for weight in weights.values()]))
+    before = highest(flat(weights.values()).abs())
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "_embeddings." not in n], lr=LR)
     steps = min(limit, size["epochs"] * -(-size["rows"] // size["batch"]))
     schedule = get_scheduler("linear", optimizer, int(0.1 * steps), steps)
-    halves, rows = (Half(weights), Half(weights)), []
+    halves, rows, removals = (Half(weights), Half(weights)), [], []
+    validation = validation_batches(size)
     for step, loss in enumerate(losses(model, dense_cell(0, size), limit), 1):
         optimizer.zero_grad()
         loss.backward()
@@ -97,12 +148,24 @@ def measure(size: dict[str, int], limit: int) -> dict[str, Any]:
         schedule.step()
         if step in CHECKPOINTS or step == steps:
             shared = {kind: overlap(*(half.kept(kind) for half in halves)) for kind in ("sums", "adam")}
-            now = highest(torch.cat([weight.detach().abs().flatten() for weight in weights.values()]))
+            now = highest(flat(weights.values()).abs())
             rows.append(
                 {"steps": step, "loss": loss.item(), **shared, "magnitude with its start": overlap(now, before)}
             )
             print(rows[-1], flush=True)
-    return {"overlap": rows, "kept": KEPT, "weights": sum(weight.numel() for weight in weights.values()), "size": size}
+        if step in REMOVED_AT or step == steps:
+            for name, scores in rankings(weights, halves).items():
+                for fraction in (0.0, *REMOVED):
+                    found = without_lowest(model, weights, scores, fraction, validation)
+                    removals.append({"steps": step, "ranking": name, "removed": fraction, **found})
+                    print(removals[-1], flush=True)
+    return {
+        "overlap": rows,
+        "removals": removals,
+        "kept": KEPT,
+        "weights": sum(weight.numel() for weight in weights.values()),
+        "size": size,
+    }
 
 
 def main() -> None:
