@@ -55,7 +55,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
 }
 DENSE = {"lr": 5e-5}
 CHANCE = 60.0
-"""Validation accuracy, in percent, below which a method has learned nothing; of two classes one has 51 % of the rows."""
+"""Validation accuracy, in percent, below which a method has learned nothing; the larger class has 51."""
 PRUNING_FIELDS = ("score_lr", "score_optimizer", "penalty_weight", "begin", "end")
 
 
