@@ -46,7 +46,7 @@ trainer = PruneTrainer(
     model=model, args=arguments, train_dataset=data["train"], eval_dataset=data["validation"],
     data_collator=DataCollatorWithPadding(tokenizer), processing_class=tokenizer,
     compute_metrics=metrics.compute_metrics_for("accuracy"),
-    pruning=MovementConfig(final_sparsity=0.85),
+    pruning=MovementConfig(final_sparsity=0.85, variant="soft", score_lr=3e-2),
     teacher="self", distillation=DistillConfig(alpha=0.1),
 )  # fmt: skip
 trainer.train()  # trainer.model is plain from here on, and trainer.report says what went
