@@ -11,6 +11,7 @@ apart from the timing that the goal was fitted by. Goal: within 5 % of what was 
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from typing import Any
 from unittest import mock
@@ -20,7 +21,6 @@ from cells import Cell, Store, arguments, open_store, run
 from shapes import INPUTS, build, forward
 
 from hf_prune import MagnitudeConfig, prune
-from hf_prune.graph import latency
 from hf_prune.timing import compare
 
 TOLERANCE = 0.05
@@ -32,7 +32,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     dense = copy.deepcopy(model)
     # Two rows or more, so that the batch is told from sizes of 1; the goal is met for the batch that is given.
     example = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(latency, "HF_HOME", folder):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, HF_PRUNE_CACHE=folder):
         _, report = prune(model, MagnitudeConfig(target_latency=cell["goal"], scope=cell["scope"]), example)
     rounds = 5 if cell["quick"] else 31
     times = compare({"dense": forward(dense, example), "narrow": forward(model, example)}, rounds=rounds, least_ms=5.0)

@@ -84,9 +84,16 @@ def movement_text() -> str:
     accuracy = dict(found["summary"]["test_accuracy"])
     dense = accuracy.pop("dense")
     names = ("magnitude", "hard", "soft")
-    rows = [(sparsity, *(_spread(row.get(name)) for name in names)) for sparsity, row in accuracy.items()]
-    head = ("removed", *(f"{name}, %" for name in names))
-    about = f"Dense: {_spread(dense)}. Test accuracy, mean ± standard deviation over seeds."
+    gains = ("hard - magnitude", "soft - magnitude")
+    rows = [
+        (sparsity, *(_spread(row.get(name)) for name in names), *(_gain(row.get(name)) for name in gains))
+        for sparsity, row in accuracy.items()
+    ]
+    head = ("removed", *(f"{name}, %" for name in names), *gains)
+    about = (
+        f"Dense: {_spread(dense)}. Test accuracy, mean ± standard deviation over seeds; differences in points with "
+        "their 95 % interval, by bootstrap over rows and seeds."
+    )
     return f"{_table(head, rows)}\n\n{about} `{found['command']}`"
 
 
@@ -105,12 +112,85 @@ def channel_methods() -> str:
     return "\n\n".join([*shown, f"`{found['command']}`"])
 
 
+def zoo() -> str:
+    found = _results("zoo")
+    if found is None or "summary" not in found:
+        return _absent("zoo.py")
+    tools = list(found["summary"])
+    rows = [(name, *(str(found["summary"][tool][name]) for tool in tools)) for name in found["summary"][tools[0]]]
+    return f"{_table(('', *tools), rows)}\n\n`{found['command']}`"
+
+
+def tracing() -> str:
+    found = _results("tracing")
+    if found is None:
+        return _absent("tracing.py")
+    rows = [
+        (
+            _cell(key)["model"],
+            str(each["count"]),
+            *(f"{each[part]:.2f}" for part in ("run", "scales", "groups")),
+            f"{each['price_ms']:.2f}",
+        )
+        for key, each in found["cells"].items()
+    ]
+    head = ("model", "groups", "one recorded run, s", "search for scales, s", "groups, s", "price of a plan, ms")
+    return f"{_table(head, rows)}\n\n`{found['command']}`"
+
+
+def speed() -> str:
+    found = _results("speed")
+    if found is None:
+        return _absent("speed.py")
+    rows = [
+        (
+            cell["model"],
+            {"per_group": "same share of each group", "global": "uneven widths"}[cell["plan"]],
+            cell["multiple"],
+            *(f"{each[name]:.2f}" for name in ("multiply_adds_cut", "speed_up", "gain")),
+            f"{each['peak_over_parameters']:.2f}" if "peak_over_parameters" in each else "",
+        )
+        for key, each in found["cells"].items()
+        for cell in [_cell(key)]
+    ]
+    head = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain", "peak memory")
+    about = (
+        f"Gain: speed-up over cut, goal {found['goals']['gain over multiply-add cut']}. Peak memory of loading and one "
+        f"forward pass, over the parameters' bytes, goal {found['goals']['peak over parameter bytes']}. "
+    )
+    return f"{_table(head, rows)}\n\n{about}`{found['command']}`"
+
+
+def latency_goal() -> str:
+    found = _results("latency_goal")
+    if found is None:
+        return _absent("latency_goal.py")
+    rows = [
+        (
+            cell["model"],
+            cell["scope"],
+            cell["goal"],
+            f"{each['measured_share']:.3f}",
+            f"{each['off_by']:+.1%}",
+            f"{each['multiply_adds_share']:.2f}",
+        )
+        for key, each in found["cells"].items()
+        for cell in [_cell(key)]
+    ]
+    head = ("model", "scope", "`target_latency`", "measured", "off by", "multiply-adds kept")
+    return f"{_table(head, rows)}\n\n`{found['command']}`"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "goals": goals,
     "storage": storage,
     "movement_text": movement_text,
     "channel_methods": channel_methods,
+    "zoo": zoo,
+    "tracing": tracing,
+    "speed": speed,
+    "latency_goal": latency_goal,
 }
 
 
@@ -120,6 +200,15 @@ def _link(row: dict[str, Any]) -> str:
 
 def _spread(value: dict[str, float] | None, digits: int = 1) -> str:
     return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f} (n={value['seeds']})" if value else "-"
+
+
+def _gain(value: dict[str, float] | None) -> str:
+    return f"{value['points']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]" if value else "-"
+
+
+def _cell(key: str) -> dict[str, str]:
+    """The settings of a cell, from the name under which its result is kept; none of them has a space in it."""
+    return dict(part.split("=", 1) for part in key.split(" "))
 
 
 def _results(name: str) -> dict[str, Any] | None:
