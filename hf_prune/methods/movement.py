@@ -12,6 +12,7 @@ Differs   With `final_sparsity`, soft and L0 steer lambda by dual ascent towards
           its mean |W| (the authors' code masks single weights whatever the structure). The floor is
           max(1, int(min_keep * units)) instead of int(0.005 * units) + 1. Row and column scores are not multiplied
           (their product has no gradient at 0). Evaluation during training uses the plan of that step.
+          The hard variant collapses in runs of hundreds of steps (README, limits); soft does not.
 Related   `magnitude` needs no training; block movement adds its own penalty weights per kind of layer.
 """
 
