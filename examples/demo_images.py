@@ -95,9 +95,9 @@ def emoji():
 def common(task, name, model, learning_rate):
     """The arguments that a Trainer and a PruneTrainer share."""
     arguments = TrainingArguments(
-        str(options.output / task.card / name), num_train_epochs=task.epochs, learning_rate=learning_rate,
-        warmup_steps=0.1, per_device_train_batch_size=64, per_device_eval_batch_size=250, weight_decay=0.01,
-        save_strategy="no", logging_steps=50, report_to="none",
+        str(options.output / task.card / name), num_train_epochs=1 if options.tiny else task.epochs,
+        learning_rate=learning_rate, warmup_steps=0.1, per_device_train_batch_size=64, per_device_eval_batch_size=250,
+        weight_decay=0.01, save_strategy="no", logging_steps=50, report_to="none",
     )  # fmt: skip
     return {
         "model": model, "args": arguments, "train_dataset": task.data["train"],
