@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,12 @@ def tracing() -> str:
         return _absent("tracing.py")
     rows = [
         (
-            _cell(key)["model"],
+            cell["model"],
             str(each["count"]),
             *(f"{each[part]:.2f}" for part in ("run", "scales", "groups")),
             f"{each['price_ms']:.2f}",
         )
-        for key, each in found["cells"].items()
+        for cell, each in _cells(found)
     ]
     head = ("model", "groups", "one recorded run, s", "search for scales, s", "groups, s", "price of a plan, ms")
     return f"{_table(head, rows)}\n\n`{found['command']}`"
@@ -150,8 +150,7 @@ def speed() -> str:
             *(f"{each[name]:.2f}" for name in ("multiply_adds_cut", "speed_up", "gain")),
             f"{each['peak_over_parameters']:.2f}" if "peak_over_parameters" in each else "",
         )
-        for key, each in found["cells"].items()
-        for cell in [_cell(key)]
+        for cell, each in _cells(found)
     ]
     head = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain", "peak memory")
     about = (
@@ -174,8 +173,7 @@ def latency_goal() -> str:
             f"{each['off_by']:+.1%}",
             f"{each['multiply_adds_share']:.2f}",
         )
-        for key, each in found["cells"].items()
-        for cell in [_cell(key)]
+        for cell, each in _cells(found)
     ]
     head = ("model", "scope", "`target_latency`", "measured", "off by", "multiply-adds kept")
     return f"{_table(head, rows)}\n\n`{found['command']}`"
@@ -206,9 +204,10 @@ def _gain(value: dict[str, float] | None) -> str:
     return f"{value['points']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]" if value else "-"
 
 
-def _cell(key: str) -> dict[str, str]:
-    """The settings of a cell, from the name under which its result is kept; none of them has a space in it."""
-    return dict(part.split("=", 1) for part in key.split(" "))
+def _cells(found: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Settings and result of each cell; the name that a result is kept under has the settings, without spaces."""
+    for key, result in found["cells"].items():
+        yield dict(part.split("=", 1) for part in key.split(" ")), result
 
 
 def _results(name: str) -> dict[str, Any] | None:

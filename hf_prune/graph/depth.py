@@ -21,7 +21,12 @@ from transformers import PreTrainedConfig
 from hf_prune.graph.resize import resize, shape_table
 from hf_prune.graph.table import is_size
 from hf_prune.graph.trace import Inputs, call, distinct_tensors, evaluating
-from hf_prune.types import LayerStack, Plan, PruneError
+from hf_prune.types import LayerStack, Plan, PruneError, StackLayer
+
+
+def dropped(stack: LayerStack, keep: Tensor) -> list[StackLayer]:
+    """The layers that go, by the keep mask of those that can."""
+    return [layer for layer, stays in zip(stack.layers, keep.tolist(), strict=True) if not stays]
 
 
 def check_layers(stacks: Mapping[str, LayerStack], plan: Plan) -> None:
@@ -73,7 +78,7 @@ def remove_layers(model: nn.Module, inputs: Inputs, stacks: Mapping[str, LayerSt
     done = []
     try:
         for name, keep in plan.items():
-            gone = [layer.index for layer, stays in zip(stacks[name].layers, keep.tolist(), strict=True) if not stays]
+            gone = [layer.index for layer in dropped(stacks[name], keep)]
             done.append(_undo(model, stacks[name]))
             if gone:
                 _cut(model, inputs, stacks[name], gone)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_prune.graph.axes import Axis, freeze
-from hf_prune.graph.depth import settle
+from hf_prune.graph.depth import dropped, settle
 from hf_prune.graph.example import example_inputs as default_inputs
 from hf_prune.graph.flow import Flow
 from hf_prune.graph.groups import find_groups
@@ -71,12 +71,7 @@ class Graph:
     def _price_without(self, plan: Plan) -> Price:
         """Of the whole model, less the layers that `plan` drops."""
         whole = self.price()
-        gone = [
-            layer
-            for name, keep in plan.items()
-            for layer, stays in zip(self.stacks[name].layers, keep.tolist(), strict=True)
-            if not stays
-        ]
+        gone = [layer for name, keep in plan.items() for layer in dropped(self.stacks[name], keep)]
         sizes = {name: math.prod(self.flow.tensors[name].sizes) for layer in gone for name in layer.parameters}
         return Price(
             whole.multiply_adds - sum(layer.multiply_adds for layer in gone),

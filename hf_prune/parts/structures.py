@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.graph import spread, unit_indices
+from hf_prune.graph.depth import dropped
 from hf_prune.types import Group, LayerStack, Member, PruneError, Structure
 
 
@@ -276,7 +277,7 @@ class LayerUnits:
 
     def remaining(self, keep: Tensor) -> list[int]:
         """Places in the stack of all layers that stay."""
-        gone = {layer.index for layer, stays in zip(self.stack.layers, keep.tolist(), strict=True) if not stays}
+        gone = {layer.index for layer in dropped(self.stack, keep)}
         return [index for index in range(self.stack.size) if index not in gone]
 
 
