@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from hf_prune.graph.axes import size
 from hf_prune.graph.flow import FOLLOWED, Flow
-from hf_prune.graph.rules import name_of, view
+from hf_prune.graph.rules import twin_name, view
 from hf_prune.graph.trace import Inputs, Operation, Trace, answers, call, distinct_tensors, evaluating, record
 from hf_prune.types import LayerStack, PruneError, StackLayer
 
@@ -176,7 +176,7 @@ def _reads(call: _Call, tensor: Tensor) -> bool:
 
 def _ends_in_relu(module: nn.Module, call: _Call) -> bool:
     result = _results(_trace(module, call))[0]
-    return isinstance(result, Node) and _operation(result) == "relu"
+    return isinstance(result, Node) and twin_name(result.target) == "relu"
 
 
 def _trace(module: nn.Module, call: _Call) -> Trace:
@@ -227,7 +227,7 @@ class _Residual:
             return True
         if not isinstance(node, Node) or node.op != "call_function":
             return False
-        name = _operation(node)
+        name = twin_name(node.target)
         if name == "add":
             left, right = node.args[:2]
             self.terms += 1
@@ -245,7 +245,7 @@ class _Residual:
         return self._silent[node]
 
     def _gives_zero(self, node: Operation) -> bool:
-        name = _operation(node)
+        name = twin_name(node.target)
         if name in ("add", "sub"):
             return all(map(self.silent, node.args[:2]))
         if name in WEIGHTED:
@@ -255,9 +255,3 @@ class _Residual:
             return any(map(self.silent, node.args[1]))
         first = node.args[0]
         return name in ZERO_FOR_ZEROS and all(map(self.silent, first if isinstance(first, list | tuple) else [first]))
-
-
-def _operation(node: Operation) -> str:
-    """The operation's name; one that works in place goes by the name of its twin."""
-    name = name_of(node.target)
-    return name if name.startswith("__") else name.rstrip("_")

@@ -31,13 +31,18 @@ def name_of(target: Any) -> str:
     return target.overloadpacket.__name__ if isinstance(target, OpOverload) else target.__name__
 
 
+def twin_name(target: Any) -> str:
+    """`name_of`; of an operation that works in place, the name of its twin that does not."""
+    name = name_of(target)
+    return name if name.startswith("__") else name.rstrip("_")
+
+
 def rule_for(target: Any) -> Rule | None:
     """The rule of an operation; one that works in place follows the rule of its twin."""
     if not isinstance(target, OpOverload):
         return None
-    name = name_of(target)
-    twin = name if name.startswith("__") else name.rstrip("_")
-    found = RULES.get(name) or RULES.get(twin)
+    twin = twin_name(target)
+    found = RULES.get(name_of(target)) or RULES.get(twin)
     if found or torch.Tag.pointwise in target.tags:
         return found or pointwise
     packet = getattr(torch.ops.aten, twin, None)
