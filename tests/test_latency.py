@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_prune
-from hf_prune import MagnitudeConfig, PruneError, Pruner, ResRepConfig
+from hf_prune import (
+    GateDecoratorConfig,
+    MagnitudeConfig,
+    PruneConfig,
+    PruneError,
+    PruneNetConfig,
+    Pruner,
+    ResRepConfig,
+)
 from hf_prune.graph import latency, shrink, trace
 from hf_prune.graph.latency import Latency
 from hf_prune.testing import tiny_image_model, tiny_text_model
@@ -188,12 +196,22 @@ def test_a_measured_plan_stays_and_a_resumed_run_finds_it_again(counting: Counti
     assert counting.plans == measured > 0
 
 
-def test_resrep_takes_the_goal(counting: Counting) -> None:
+@pytest.mark.filterwarnings("ignore:.*not forgotten yet")
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResRepConfig(target_latency=0.9, begin=0.0, end=0.5),
+        GateDecoratorConfig(target_latency=0.9, tock_steps=1, tick_steps=1, ticks_per_tock=1, end=1.0),
+        PruneNetConfig(target_latency=0.9, begin=0.0, fit_batches=2, variance_batches=2),
+    ],
+    ids=lambda config: config.method,
+)
+def test_methods_take_the_goal(counting: Counting, config: PruneConfig) -> None:
     model, dense = tiny_image_model(hidden_sizes=[32, 64]), tiny_image_model(hidden_sizes=[32, 64])
-    pruner = Pruner(model, ResRepConfig(target_latency=0.9, begin=0.0, end=0.5), PIXELS)
+    batches = [{**PIXELS, "labels": torch.tensor([0, 1])}] * 2
+    pruner = Pruner(model, config, PIXELS, data=batches)
     pruner.attach()
-    pruner.step(0, 4)
-    with pytest.warns(UserWarning, match="not forgotten yet"):
-        pruner.step(2, 4)
+    for step in range(5):
+        pruner.step(step, 4)
     pruner.finalize()
     assert share(model, dense, PIXELS) == pytest.approx(0.9, rel=0.05)

@@ -53,7 +53,7 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = True
-GOALS = ("target_flops", "target_params", "target_bytes")
+GOALS = ("target_flops", "target_params", "target_bytes", "target_latency")
 TINY_MODEL = "image"
 
 _MOST_OFFSET = 10.0  # of |beta / gamma|, where the authors clamp

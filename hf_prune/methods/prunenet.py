@@ -32,7 +32,7 @@ from hf_prune.config import PruneConfig, require_choice, require_goal, require_r
 from hf_prune.graph import Graph, unit_indices
 from hf_prune.graph.writers import Silence
 from hf_prune.parts import schedules
-from hf_prune.parts.budgets import PRICES, require_reachable
+from hf_prune.parts.budgets import PRICES, Allowance, require_reachable
 from hf_prune.parts.channel_gates import (
     ChannelGate,
     ChannelMask,
@@ -70,7 +70,7 @@ PAPER = Paper(
 }""",
 )
 NEEDS_TRAINING = False
-GOALS = ("target_flops", "target_params", "target_bytes")
+GOALS = ("target_flops", "target_params", "target_bytes", "target_latency")
 TINY_MODEL = "image"
 
 VIEWS = ("reader", "own")
@@ -249,13 +249,16 @@ def fit_share(graph: Graph, config: PruneNetConfig, targets: Sequence[ChannelTar
     assert config.goal is not None
     goal, price = config.goal, PRICES[config.goal.name]
     floors = {target.units.name: floor_count(config.min_keep, target.units.units) for target in targets}
-    dense = price(graph, None)
     least = {t.units.name: torch.arange(t.units.units) < floors[t.units.name] for t in targets}
-    require_reachable(goal, price(graph, least) / dense)
+    require_reachable(goal, price(graph, least) / price(graph, None))
+    allowance = Allowance(graph, goal)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: score.double().cpu() for name, score in scores.items()}
-        allowed, cheap, dear = goal.kept(share) * dense, 0.0, 1.0
+        return allowance.spend(share, lambda allowed: hold(values, allowed))
+
+    def hold(values: Mapping[str, Tensor], allowed: float) -> Plan:
+        cheap, dear = 0.0, 1.0
         for _ in range(50):
             middle = (cheap + dear) / 2
             affordable = price(graph, _holding(values, middle, floors)) <= allowed

@@ -50,6 +50,25 @@ def share_of_sizes(graph: Graph, goal: Goal, groups: Sequence[str]) -> Callable[
     return share
 
 
+class Allowance:
+    """What plans may cost on the way to `goal`; where prices are estimates, corrected once for the last plan."""
+
+    def __init__(self, graph: Graph, goal: Goal) -> None:
+        self.graph, self.goal = graph, goal
+        self.dense = PRICES[goal.name](graph, None)
+        self.factor: float | None = None  # known once the last plan was first chosen
+
+    def spend(self, share: float, choose: Callable[[float], Plan]) -> Plan:
+        """The plan that `choose` finds for the price allowed at `share` of the way."""
+        kept = self.goal.kept(share)
+        if share >= 1.0 and self.goal.name in CORRECTIONS:
+            if self.factor is None:
+                correct = CORRECTIONS[self.goal.name]
+                self.factor = correct(self.graph, self.goal.value, lambda kept: choose(kept * self.dense))
+            kept *= self.factor
+        return choose(kept * self.dense)
+
+
 def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
     """The most units, highest scores first, whose price is at most the goal's share of the dense price.
 
@@ -60,13 +79,11 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
     dense = price(graph, None)
     require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
 
-    factors: list[float] = []  # one, once the last plan was first chosen
+    allowance = Allowance(graph, goal)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
-        if share >= 1.0 and goal.name in CORRECTIONS and not factors:
-            factors.append(CORRECTIONS[goal.name](graph, goal.value, lambda kept: choose(values, kept * dense)))
-        return choose(values, goal.kept(share) * dense * (factors[0] if share >= 1.0 and factors else 1.0))
+        return allowance.spend(share, lambda allowed: choose(values, allowed))
 
     def choose(values: Mapping[str, Tensor], allowed: float) -> Plan:
         cheap, dear = 0, sum(len(s) for s in values.values())
