@@ -77,9 +77,7 @@ def run(cells: Sequence[Cell], function: Callable[[Cell], dict[str, Any]], store
     # Spawned processes read these before torch starts its threads.
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     begin = time.perf_counter()
-    with ProcessPoolExecutor(
-        min(workers, len(waiting)), mp_context=get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
+    with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=get_context("spawn")) as pool:
         running = {pool.submit(function, cell): cell for cell in waiting}
         for done, future in enumerate(as_completed(running), 1):
             cell = running[future]
