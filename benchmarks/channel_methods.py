@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cells import CACHE, RESULTS, Cell, Store, arguments, open_store, run, spread, spread_text
-from images import Pixels, decode, whole
+from images import Pixels, decode, read, training_arguments, whole
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
@@ -48,6 +47,10 @@ TOLERANCE, GUARDED_RUNS, GUARDED_KEPT = 1.0, 10, 9
 """Points that Play and Prune may lose, runs in which that is looked at, and in how many it must hold."""
 BELOW_UNIFORM, RESREP_LOSS = 0.3, 0.5
 """Points that a method may be below uniform L1, and ResRep below the dense model, at half of the multiply-adds."""
+FROM_SCRATCH, SCRATCH_GOAL, SCRATCH_LOSS = "bwcp from scratch", 0.57, 0.5
+"""BWCP within the dense model's own training: the row, multiply-adds kept, and points that it may lose."""
+SPECIAL = {"play_and_prune": "play_and_prune", FROM_SCRATCH: "bwcp"}
+"""Rows with a goal or a start of their own, which are in no table -> method."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ def pruning(cell: Cell) -> PruneConfig:
     include = {"include": TASKS[cell["task"]].inner} if setting.get("include") == "inner" else {}
     guarded = cell["row"] == "play_and_prune"
     goal = {"max_metric_drop": TOLERANCE / 100} if guarded else {"target_flops": cell["goal"]}
-    config = methods.load(cell["row"] if guarded else str(rows()[cell["row"]])).Config
+    config = methods.load(SPECIAL.get(cell["row"]) or str(rows()[cell["row"]])).Config
     return config(**{**setting, **include, **goal, "seed": cell["seed"]})
 
 
@@ -221,8 +224,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     """Train or prune one model; returns accuracy in percent, multiply-adds kept, widths and processor seconds."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    tensors = torch.load(pixels_path(cell), weights_only=True)
-    data = {split: Pixels(**each, mirrored=split == "train") for split, each in tensors.items()}
+    data = read(pixels_path(cell))
     example = {"pixel_values": data["validation"].images[:2]}
     set_seed(cell["seed"])
     try:
@@ -246,35 +248,16 @@ def train_cell(cell: Cell) -> dict[str, Any]:
 
 
 def make_trainer(cell: Cell, data: dict[str, Pixels], example: dict[str, Tensor]) -> Trainer:
-    training = {
-        "max_steps": cell["steps"],
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "weight_decay": 0.01,
-        "max_grad_norm": 0.0,  # pulls are added after clipping, which would weaken the task against them
-        **json.loads(cell["setting"]).get("training", {}),
-    }
+    run = {"max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"], "seed": cell["seed"]}
+    own = {"learning_rate": 1e-3, **json.loads(cell["setting"]).get("training", {})}
     common = {
-        "args": TrainingArguments(
-            str(CACHE / "channel_methods" / "run"),
-            per_device_train_batch_size=cell["batch"],
-            per_device_eval_batch_size=250,
-            seed=cell["seed"],
-            save_strategy="no",
-            logging_steps=100,
-            remove_unused_columns=False,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **training,
-        ),
+        "args": training_arguments(CACHE / "channel_methods" / "run", **{**run, **own}),
         "train_dataset": data["train"],
         "eval_dataset": data["validation"],
         "data_collator": whole,
         "compute_metrics": compute_metrics_for("accuracy"),
     }
-    model = TASKS[cell["task"]].build() if cell["row"] == "dense" else reopen(cell)
+    model = TASKS[cell["task"]].build() if cell["row"] in ("dense", FROM_SCRATCH) else reopen(cell)
     if cell["row"] == "Torch-Pruning":
         prune_by_torch_pruning(model, example["pixel_values"], cell["goal"])
     model.to(memory_format=torch.channels_last)  # convolutions of one thread run faster so
@@ -361,6 +344,13 @@ def guarded_cells(quick: bool) -> list[Cell]:
     return [row_cell("fashion", "play_and_prune", TOLERANCE, seed, setting, quick) for seed in seeds]
 
 
+def scratch_cells(quick: bool) -> list[Cell]:
+    own = {"begin": 0.1, "lambda1": 1e-2, "lambda2": 1e-2}
+    setting = json.dumps({"config": own, "training": TASKS["fashion"].dense}, sort_keys=True)
+    dense = {**dense_cell("fashion", quick), "row": FROM_SCRATCH, "goal": SCRATCH_GOAL, "setting": setting}
+    return [{**dense, "seed": seed} for seed in ((0,) if quick else SEEDS)]
+
+
 def summarise(store: Store, quick: bool) -> dict[str, Any]:
     """The tables' numbers, from finished cells alone; what is not there yet is left out."""
     tables = {
@@ -369,10 +359,14 @@ def summarise(store: Store, quick: bool) -> dict[str, Any]:
         for goal in TASKS[task].goals
         if dense_cell(task, quick) in store and not (quick and goal != 0.5)
     }
-    guarded = [store[cell] for cell in guarded_cells(quick) if cell in store]
-    summary = {"tables": tables, "sizes": {task: size_of(task, quick) for task in TASKS}}
-    if guarded and dense_cell("fashion", quick) in store:
-        summary["play_and_prune"] = guard(guarded, store[dense_cell("fashion", quick)])
+    summary: dict[str, Any] = {"tables": tables, "sizes": {task: size_of(task, quick) for task in TASKS}}
+    if dense_cell("fashion", quick) in store:
+        dense = store[dense_cell("fashion", quick)]
+        guarded, scratch = ([store[c] for c in cells(quick) if c in store] for cells in (guarded_cells, scratch_cells))
+        if guarded:
+            summary["play_and_prune"] = guard(guarded, dense)
+        if scratch:
+            summary[FROM_SCRATCH] = row_of(scratch, dense["test"])
     return summary | {"bars": dict(bars(summary))}
 
 
@@ -423,6 +417,9 @@ def bars(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         change = found.get("resrep", {}).get("change")
         if change:
             yield f"resrep loses at most {RESREP_LOSS}", verdict(change["mean"] + RESREP_LOSS)
+    if FROM_SCRATCH in summary:
+        change = summary[FROM_SCRATCH]["change"]
+        yield f"{FROM_SCRATCH} loses at most {SCRATCH_LOSS}", verdict(change["mean"] + SCRATCH_LOSS)
     guarded = summary.get("play_and_prune")
     if guarded:
         needed = GUARDED_KEPT / GUARDED_RUNS * guarded["runs"]
@@ -456,6 +453,12 @@ def print_tables(summary: dict[str, Any]) -> None:
         console.print(
             f"play_and_prune, tolerance {TOLERANCE}: kept in {guarded['kept']} of {guarded['runs']} runs, change "
             f"{spread_text(guarded['change'], 2)}, multiply-adds kept {spread_text(guarded['multiply_adds'], 3)}"
+        )
+    if FROM_SCRATCH in summary:
+        scratch = summary[FROM_SCRATCH]
+        console.print(
+            f"{FROM_SCRATCH}, in the dense model's steps: change {spread_text(scratch['change'], 2)}, "
+            f"multiply-adds kept {spread_text(scratch['multiply_adds'], 3)}"
         )
     for name, value in summary["bars"].items():
         console.print(f"{name}: {value}")
@@ -507,7 +510,9 @@ def tasks_at_hand(quick: bool) -> list[str]:
     return found
 
 
-def run_all(store: Store, quick: bool, workers: int, only: Sequence[str], wanted: Sequence[str]) -> None:
+def run_all(
+    store: Store, quick: bool, workers: int, only: Sequence[str], wanted: Sequence[str], goals: Sequence[str]
+) -> None:
     tasks = [task for task in tasks_at_hand(quick) if task in wanted]
     dense = [dense_cell(task, quick) for task in tasks]
     for cell in dense:
@@ -517,17 +522,18 @@ def run_all(store: Store, quick: bool, workers: int, only: Sequence[str], wanted
     ranked = [row for row in only if row in rows()]
     run([cell for row in ranked for cell in trial_cells(row, quick)], train_cell, store, workers)
     for task in tasks:
-        for goal in (0.5,) if quick else TASKS[task].goals:
+        for goal in (0.5,) if quick else [goal for goal in TASKS[task].goals if str(goal) in goals]:
             run([c for row in ranked for c in row_cells(store, task, row, goal, quick)], train_cell, store, workers)
-    if "play_and_prune" in only:
-        run(guarded_cells(quick), train_cell, store, workers)
+    for row, cells in (("play_and_prune", guarded_cells), (FROM_SCRATCH, scratch_cells)):
+        if row in only and "fashion" in tasks:
+            run(cells(quick), train_cell, store, workers)
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], only=[*rows(), "play_and_prune"], task=list(TASKS))
+    options = arguments(__doc__.splitlines()[0], only=[*rows(), *SPECIAL], goal=["0.5", "0.3"], task=list(TASKS))
     store = open_store("channel_methods", options.quick)
     if not options.table:
-        run_all(store, options.quick, options.workers, options.only, options.task)
+        run_all(store, options.quick, options.workers, options.only, options.task, options.goal)
     summary = summarise(store, options.quick)
     store.write(summary=summary)
     print_tables(summary)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 
 class Pixels(Dataset):
@@ -32,6 +33,30 @@ class Pixels(Dataset):
 def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The collator of a data set that gives batches."""
     return batch
+
+
+def read(path: Path) -> dict[str, Pixels]:
+    """The splits that `decode` wrote."""
+    tensors = torch.load(path, weights_only=True)
+    return {split: Pixels(**each, mirrored=split == "train") for split, each in tensors.items()}
+
+
+def training_arguments(folder: Path, **more: Any) -> TrainingArguments:
+    """Decayed weights under a cosine, one process, nothing saved or reported; `more` adds to that, or changes it."""
+    common: dict[str, Any] = {
+        "per_device_eval_batch_size": 250,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,  # pulls are added after clipping, which would weaken the task against them
+        "save_strategy": "no",
+        "logging_steps": 100,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(folder), **{**common, **more})
 
 
 def decode(load: Callable[..., Any], rows: int, path: Path) -> None:
