@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import Goal
 from hf_prune.graph import Graph, shrink
-from hf_prune.parts.selection import Selection, floor_count, keep_floors, keep_highest
+from hf_prune.parts.selection import Selection, floor_count, keep_highest
 from hf_prune.types import Plan, PruneError, Structure
 
 PRICES: dict[str, Callable[[Graph, Plan | None], float]] = {
@@ -86,15 +86,19 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
         return allowance.spend(share, lambda allowed: choose(values, allowed))
 
     def choose(values: Mapping[str, Tensor], allowed: float) -> Plan:
+        places = _places(values, floors)
+
+        def best(count: int) -> Plan:
+            return {name: place < count for name, place in places.items()}
+
         cheap, dear = 0, sum(len(s) for s in values.values())
-        everything = _keep(values, dear, floors)
+        everything = best(dear)
         if price(graph, everything) <= allowed:
             return everything
         while dear - cheap > 1:
             middle = (cheap + dear) // 2
-            affordable = price(graph, _keep(values, middle, floors)) <= allowed
-            cheap, dear = (middle, dear) if affordable else (cheap, middle)
-        return _keep(values, cheap, floors)
+            cheap, dear = (middle, dear) if price(graph, best(middle)) <= allowed else (cheap, middle)
+        return best(cheap)
 
     return select
 
@@ -112,10 +116,12 @@ def require_reachable(goal: Goal, least: float) -> None:
         )
 
 
-def _keep(values: Mapping[str, Tensor], count: int, floors: Mapping[str, int]) -> Plan:
-    """The `count` highest of all groups together, and each group's floor."""
-    plan = dict(zip(values, keep_highest(list(values.values()), count), strict=True))
-    return keep_floors(plan, values, floors)
+def _places(values: Mapping[str, Tensor], floors: Mapping[str, int]) -> dict[str, Tensor]:
+    """Place of each unit among those of all groups, the highest at 0, of equal ones the first; floors at -1."""
+    order = torch.cat(list(values.values())).sort(descending=True, stable=True).indices
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    each = zip(values.items(), places.split([len(value) for value in values.values()]), strict=True)
+    return {name: place.masked_fill(keep_highest([value], floors[name])[0], -1) for (name, value), place in each}
 
 
 def _rank(score: Tensor) -> Tensor:
