@@ -53,6 +53,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def two_processes(*words: str) -> list[str]:
+    """The command that runs hf-prune in two processes."""
+    launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    processes = ["--num_processes", "2", "--main_process_port", str(free_port())]
+    return [sys.executable, "-m", *launch.split(), *processes, "-m", "hf_prune", *words]
+
+
+def on_cpu() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -204,15 +215,37 @@ def test_ctrl_c_leaves_a_run_that_ends_as_if_nothing_had_happened(files: dict[st
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_ctrl_c_stops_two_processes_together(files: dict[str, str], tmp_path: Path) -> None:
+    """A terminal sends it to the launcher and to both processes."""
+    own = "--method movement --final-sparsity 0.5 --max-steps 400 --logging-steps 5 --save-strategy no".split()
+    words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, *QUICK, "-o", str(tmp_path / "two")]
+    # Without a session of its own the test would stop, too.
+    launched = {"start_new_session": True, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(two_processes(*words), env=on_cpu(), **launched) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "'loss'" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert rest.count("To go on from there:") == 1 and "accelerate launch -m hf_prune train text" in rest, rest
+    stopped = {path.name for path in (tmp_path / "two").glob("checkpoint-*")}
+    assert len(stopped) == 1
+    again = two_processes(*words, "--resume")
+    done = subprocess.run(again, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two" / "pruning.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_one_model(files: dict[str, str], tmp_path: Path) -> None:
     """`accelerate launch -m hf_prune`: the masks of one process with twice the batch, and one result printed."""
     own = "--method movement --final-sparsity 0.5 --max-steps 6 --logging-steps 1 --dataloader-drop-last true".split()
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, *QUICK, "--json"]
-    launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, "-m", *launch.split(), "--num_processes", "2", "--main_process_port", str(free_port())]
-    command += ["-m", "hf_prune", *words, "-o", str(tmp_path / "two"), "--per-device-train-batch-size", "4"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    command = two_processes(*words, "-o", str(tmp_path / "two"), "--per-device-train-batch-size", "4")
+    done = subprocess.run(command, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert result["sparsity"] == pytest.approx(0.5, abs=0.01)

@@ -50,9 +50,12 @@ class StopOnInterrupt(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop, once the checkpoint is whole."""
         if self.asked and state.global_step < state.max_steps:
+            if not state.is_world_process_zero:
+                raise KeyboardInterrupt("stopped.")
+            program = "accelerate launch -m hf_prune" if dist.is_initialized() else "hf-prune"
             again = [word for word in sys.argv[1:] if word != "--overwrite"]
             again += [] if "--resume" in again else ["--resume"]
             raise KeyboardInterrupt(
                 f"stopped after step {state.global_step} of {state.max_steps}. To go on from there:\n"
-                f"    hf-prune {shlex.join(again)}"
+                f"    {program} {shlex.join(again)}"
             )
