@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,3 +186,14 @@ def test_bench_measures_models_in_turn_and_notes_it_for_the_card(tmp_path: Path)
     latency = read_report(pruned).latency
     assert latency["kept"] == {name: times[1][name] for name in ("median_ms", "low_ms", "high_ms")}
     assert "1 threads, plain, pixel_values 3 x 3 x 16 x 16" in latency["machine"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler of C++")
+def test_bench_compiles_dense_and_pruned_models(tmp_path: Path) -> None:
+    dense, pruned = save_image_model(tmp_path / "dense"), tmp_path / "pruned"
+    assert cli("prune", "-m", dense, "-o", pruned, "--method", "magnitude", "--target-flops", 0.5).code == 0
+    times = cli("bench", dense, pruned, "--form", "compile", "--rounds", 2, "--image-size", 16, "--json").result[
+        "times"
+    ]
+    assert [(row["model"], row["form"]) for row in times] == [(dense, "compile"), (str(pruned), "compile")]
