@@ -101,15 +101,72 @@ def channel_methods() -> str:
     found = _results("channel_methods")
     if found is None or "summary" not in found:
         return _absent("channel_methods.py")
-    head = ("model", "multiply-adds kept", "test accuracy, %", "change, points")
+    head = ("model", "multiply-adds kept", "test accuracy, %", "change, points", "step time")
     shown = []
     for name, table in found["summary"]["tables"].items():
         rows = [
-            (row, _spread(of["multiply_adds"], 3), _spread(of["test"], 2), _spread(of.get("change"), 2))
+            (
+                row,
+                _spread(of.get("multiply_adds"), 3),
+                _spread(of.get("test"), 2),
+                _spread(of.get("change"), 2),
+                f"{of['overhead']:.2f}" if "overhead" in of else "-",
+            )
             for row, of in table.items()
+            if of.get("test")
         ]
         shown.append(f"{name}:\n\n{_table(head, rows)}")
-    return "\n\n".join([*shown, f"`{found['command']}`"])
+    for name in ("play_and_prune", "bwcp from scratch"):
+        if of := found["summary"].get(name):
+            change, kept = _spread(of["change"], 2), _spread(of["multiply_adds"], 3)
+            shown.append(f"{name}: change {change} points, multiply-adds kept {kept}.")
+    bars = "\n".join(f"- {bar}: {verdict}" for bar, verdict in found["summary"]["bars"].items())
+    return "\n\n".join([*shown, f"What was to be reached, on Fashion-MNIST:\n\n{bars}", f"`{found['command']}`"])
+
+
+def scores() -> str:
+    found = _results("scores")
+    if found is None or "summary" not in found:
+        return _absent("scores.py")
+    summary = found["summary"]
+    weights = [
+        (sparsity, method, _spread(row["test"]), _gain(row.get("gain")))
+        for sparsity, methods in summary["weights"].items()
+        for method, row in methods.items()
+    ]
+    channels = [
+        (method, _spread(row["multiply_adds"], 3), _spread(row["before"]), _spread(row["test"], 2))
+        for method, row in summary["channels"].items()
+    ]
+    rescaled = [
+        (method, f"{row['as it was']:.1f}", f"{row['rescaled']:.1f}", str(row["differing weights"]))
+        for method, row in summary["rescaled"].items()
+    ]
+    parts = [
+        f"Movie sentiment, weights; dense: {_spread(summary['dense']['text dense'])} %.",
+        _table(("removed", "method", "test accuracy, %", "points over magnitude (95 %)"), weights),
+        f"Fashion-MNIST, channels inside blocks; dense: {_spread(summary['dense']['image dense'], 2)} %.",
+        _table(("method", "multiply-adds kept", "before tuning, %", "test accuracy, %"), channels),
+        "Half of the weights removed at once, from a model as it was and with one layer times 100, the next over 100:",
+        _table(("method", "as it was, %", "rescaled, %", "masks that differ"), rescaled),
+        *(f"EZCrop's score takes {each['share']:.3f} of the time of a rank by SVD." for each in summary["cost"]),
+        f"`{found['command']}`",
+    ]
+    return "\n\n".join(parts)
+
+
+def training_methods() -> str:
+    found = _results("training_methods")
+    if found is None or "summary" not in found:
+        return _absent("training_methods.py")
+    columns = {"test": 2, "validation_after_the_cut": 2, "cost": 2, "step_time": 2}
+    rows = [
+        (name, *(_spread(row.get(key), digits) for key, digits in columns.items()))
+        for name, row in found["summary"]["rows"].items()
+    ]
+    head = ("row", "test accuracy, %", "validation after the cut, %", "multiply-adds of training", "last / first step")
+    claims = [f"- {claim}: {'-' if value is None else value}" for claim, value in found["summary"]["claims"].items()]
+    return "\n\n".join([_table(head, rows), "\n".join(claims), f"`{found['command']}`"])
 
 
 def zoo() -> str:
@@ -185,6 +242,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "storage": storage,
     "movement_text": movement_text,
     "channel_methods": channel_methods,
+    "scores": scores,
+    "training_methods": training_methods,
     "zoo": zoo,
     "tracing": tracing,
     "speed": speed,

@@ -63,7 +63,8 @@ class ResRepConfig(PruneConfig):
     """Defaults are those of the authors' ResNet-50 run: 180 epochs of ImageNet, from a trained model.
 
     A row vanishes within `(1 - compactor_momentum) / (compactor_lr * lasso_weight)` steps and comes to rest some
-    `1 / (1 - compactor_momentum)` later: short runs need a stronger pull, quicker choices and less momentum. Train
+    `1 / (1 - compactor_momentum)` later. Short runs need quicker choices, less momentum and a higher `compactor_lr`
+    (0.5 with momentum 0.9, say) rather than a stronger pull, which presses the rows that remember as well. Train
     without gradient clipping (`max_grad_norm=0`), as the authors do: the pull is added after it, and a clipped task
     loses against it.
     """
