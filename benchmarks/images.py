@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -16,9 +17,10 @@ from transformers import TrainingArguments
 class Pixels(Dataset):
     """Images as one tensor. A batch is one indexing of it, and half of the training images are mirrored."""
 
-    def __init__(self, images: Tensor, labels: Tensor, mirrored: bool) -> None:
-        """images: bytes, `(N, C, H, W)`."""
+    def __init__(self, images: Tensor, labels: Tensor, mirrored: bool, shift: int = 0) -> None:
+        """images: bytes, `(N, C, H, W)`.  shift: pixels by which images move at most, to each side."""
         self.images, self.labels, self.mirrored = (images.float() / 255 - 0.5) / 0.25, labels, mirrored
+        self.shift = shift
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -27,7 +29,18 @@ class Pixels(Dataset):
         images = self.images[rows]
         if self.mirrored:
             images = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, images.flip(-1), images)
+        if self.shift:
+            images = _shifted(images, self.shift)
         return {"pixel_values": images, "labels": self.labels[rows]}
+
+
+def _shifted(images: Tensor, most: int) -> Tensor:
+    """Each image moved by up to `most` pixels; what comes in is black."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [most] * 4, value=-2.0).movedim(1, 3)
+    down, right = torch.randint(0, 2 * most + 1, (2, count, 1)).unbind()
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
 def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,10 +48,11 @@ def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def read(path: Path) -> dict[str, Pixels]:
-    """The splits that `decode` wrote."""
-    tensors = torch.load(path, weights_only=True)
-    return {split: Pixels(**each, mirrored=split == "train") for split, each in tensors.items()}
+def read(path: Path, shift: int = 0) -> dict[str, Pixels]:
+    """The splits that `decode` wrote; training images are mirrored, and moved by up to `shift` pixels."""
+    evaluated = torch.load(path, weights_only=True)
+    trained = Pixels(**evaluated.pop("train"), mirrored=True, shift=shift)
+    return {"train": trained, **{split: Pixels(**each, mirrored=False) for split, each in evaluated.items()}}
 
 
 def training_arguments(folder: Path, **more: Any) -> TrainingArguments:
