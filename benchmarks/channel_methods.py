@@ -105,19 +105,22 @@ def l1(**more: Any) -> dict[str, Any]:
 
 
 def resrep(scale: Scale) -> list[dict[str, Any]]:
-    """A forgotten row vanishes within an eighth of the steps, all that go are chosen in a sixth, the cut is at a third.
+    """Rows to forget are chosen in a sixth of the steps; the cut comes when those that nothing opposes have vanished.
 
-    A high rate with a weak pull, not the reverse: rows vanish as fast, and the task holds the others better.
+    In an eighth of the steps by a high rate, or in four tenths by a moderate one.
     """
     momentum = 0.9
     pace = {
-        "end": 0.35,
         "compactor_momentum": momentum,
         "mask_interval_steps": max(1, scale.steps // 200),
         "begin_granularity": max(1, scale.units // 56),
     }
-    rates = {lr: (1 - momentum) / (lr * scale.steps / 8) for lr in (0.5, 0.2)}
-    return [{"config": {**pace, "compactor_lr": lr, "lasso_weight": pull}} for lr, pull in rates.items()]
+
+    def setting(rate: float, vanish: float, end: float) -> dict[str, Any]:
+        pull = (1 - momentum) / (rate * vanish * scale.steps)
+        return {"config": {**pace, "compactor_lr": rate, "lasso_weight": pull, "end": end}}
+
+    return [setting(0.5, 0.125, 0.35), setting(0.1, 0.4, 0.65)]
 
 
 def gate_decorator(scale: Scale) -> list[dict[str, Any]]:
