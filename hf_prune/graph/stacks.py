@@ -21,7 +21,17 @@ from torch.utils import _pytree as pytree
 from hf_prune.graph.axes import size
 from hf_prune.graph.flow import FOLLOWED, Flow
 from hf_prune.graph.rules import twin_name, view
-from hf_prune.graph.trace import Inputs, Operation, Trace, answers, call, distinct_tensors, evaluating, record
+from hf_prune.graph.trace import (
+    Inputs,
+    Operation,
+    Trace,
+    answers,
+    call,
+    distinct_tensors,
+    evaluating,
+    names_of_parameters,
+    record,
+)
 from hf_prune.types import LayerStack, PruneError, StackLayer
 
 SAME = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"} | {
@@ -84,7 +94,7 @@ def find_stacks(model: nn.Module, inputs: Inputs, settle: Callable[[LayerStack],
     lists = {path: module for path, module in model.named_modules() if _is_list(module)}
     with _calls(lists) as calls, evaluating(model), torch.no_grad():
         call(model, distinct_tensors(model), inputs)
-    names = _names(model)
+    names = names_of_parameters(model)
     found: dict[str, LayerStack] = {}
     for path in sorted(lists, key=lambda path: -path.count(".")):
         if not any(inner.startswith(f"{path}.") for inner in found):
@@ -130,14 +140,6 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return args
     extra = next((name for name, kind in kinds.items() if kind is Parameter.VAR_KEYWORD), "")
     return {**{k: v for k, v in bound.arguments.items() if k != extra}, **bound.arguments.get(extra, {})}
-
-
-def _names(model: nn.Module) -> dict[int, list[str]]:
-    """`id` of a parameter -> all its names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 def _stack(path: str, stack: nn.Module, calls: Mapping[str, list[_Call]], names: Mapping[int, list[str]]) -> LayerStack:

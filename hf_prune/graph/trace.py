@@ -113,6 +113,14 @@ def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """`id` of each parameter -> all its names: a shared one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
 def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
     """The tensors that `model` answers with when its parameters and buffers are `tensors`."""
     return answers(functional_call(model, dict(tensors), *arguments(model, inputs)))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_prune.graph.trace import names_of_parameters
 from hf_prune.types import Group, LayerStack, Member, PruneError
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -55,9 +56,7 @@ def _inner(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _refuse_shared(model: nn.Module, weights: dict[str, nn.Module]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = names_of_parameters(model)
     for name, module in weights.items():
         shared = [other for other in owners.get(id(module.weight), []) if other != name]
         if shared:
