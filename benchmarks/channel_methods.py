@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ EARLY = {"begin": 0.0, "end": 0.3}
 """What rankings alone need: cut early, then tune."""
 
 
-def l1(**more: Any) -> dict[str, Any]:
+def early(**more: Any) -> dict[str, Any]:
     return {"config": {**EARLY, **more}}
 
 
@@ -138,7 +139,7 @@ def dmcp(scale: Scale) -> list[dict[str, Any]]:
 def bwcp(scale: Scale) -> list[dict[str, Any]]:
     """Whitening sets in over a fifth of the steps; three tenths tune what the cut leaves."""
     pace = {"ramp": 0.2, "begin": 0.1, "end": 0.7, "residual": False}
-    return [{"config": {**pace, "lambda1": pull, "lambda2": pull}} for pull in (1e-2, 1e-1)]
+    return [{"config": {**pace, "lambda1": pull, "lambda2": pull}} for pull in (1e-2, 1e-1, 1e-3)]
 
 
 def c2s2(scale: Scale) -> list[dict[str, Any]]:
@@ -146,9 +147,13 @@ def c2s2(scale: Scale) -> list[dict[str, Any]]:
 
     Gates can go to 0 in one of the two rounds that each of some ten layers has.
     """
-    pace = {"rounds": 2, "select_share": 0.5, "end": 0.7, "gate_lr": 2 * 10 / (0.5 * 0.7 * scale.steps)}
-    guard = {"tau_total": 20.0, "guard_batches": 10, "sparsity_weight": 0.1, "order": "flops"}
-    return [{"config": {**pace, **guard, "min_keep": floor, "residual": False}} for floor in (0.25, 0.4)]
+    guard = {"tau_total": 20.0, "guard_batches": 10, "sparsity_weight": 0.1, "order": "flops", "residual": False}
+
+    def setting(floor: float, end: float) -> dict[str, Any]:
+        pace = {"rounds": 2, "select_share": 0.5, "end": end, "gate_lr": 2 * 10 / (0.5 * end * scale.steps)}
+        return {"config": {**pace, **guard, "min_keep": floor}}
+
+    return [setting(0.25, 0.7), setting(0.4, 0.7), setting(0.4, 0.4)]
 
 
 def prunenet(scale: Scale) -> list[dict[str, Any]]:
@@ -158,8 +163,9 @@ def prunenet(scale: Scale) -> list[dict[str, Any]]:
 
 
 def feature_relevance(scale: Scale) -> list[dict[str, Any]]:
-    """Seven removals in the first half, each measured on as many batches as a hundredth of the steps has."""
-    return [{"config": {"include": "inner", "begin": 0.05, "end": 0.5, "calibration_batches": scale.steps // 100 + 1}}]
+    """Seven removals in the first half, or third, each measured on as many batches as a hundredth of the steps has."""
+    fixed = {"include": "inner", "begin": 0.05, "calibration_batches": scale.steps // 100 + 1}
+    return [{"config": {**fixed, "end": end}} for end in (0.5, 0.3)]
 
 
 def snapshot_ensemble(scale: Scale) -> list[dict[str, Any]]:
@@ -172,14 +178,16 @@ def snapshot_ensemble(scale: Scale) -> list[dict[str, Any]]:
 
 
 TRIALS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
-    "uniform L1": lambda scale: [l1(scope="per_group", include="inner"), l1(scope="per_group")],
-    "global L1": lambda scale: [l1(scope="global", include="inner")],
-    "random": lambda scale: [l1(scope="per_group", include="inner", score="random")],
+    "uniform L1": lambda scale: [early(scope="per_group", include="inner"), early(scope="per_group")],
+    "global L1": lambda scale: [early(scope="global", include="inner")],
+    "random": lambda scale: [early(scope="per_group", include="inner", score="random")],
     "resrep": resrep,
     "gate_decorator": gate_decorator,
     "dmcp": dmcp,
     "bwcp": bwcp,
     "c2s2": c2s2,
+    "channel_similarity": lambda scale: [early(include="inner"), early(include="inner", scope="per_group")],
+    "ezcrop": lambda scale: [early(include="inner"), early(include="inner", feature_map="read")],
     "prunenet": prunenet,
     "feature_relevance": feature_relevance,
     "snapshot_ensemble": snapshot_ensemble,
@@ -209,8 +217,8 @@ def trials(row: str, scale: Scale) -> list[dict[str, Any]]:
     method = rows()[row]
     if method is None:
         return [{}]
-    early = {} if methods.load(method).NEEDS_TRAINING else EARLY
-    return [{"config": {**early, "include": "inner"}}]
+    when = {} if methods.load(method).NEEDS_TRAINING else EARLY
+    return [{"config": {**when, "include": "inner"}}]
 
 
 def pruning(cell: Cell) -> PruneConfig:
@@ -225,13 +233,18 @@ def pruning(cell: Cell) -> PruneConfig:
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """Train or prune one model; returns accuracy in percent, multiply-adds kept, widths and processor seconds."""
+    with TemporaryDirectory() as folder:  # methods in rounds keep models there
+        return train_in(Path(folder), cell)
+
+
+def train_in(folder: Path, cell: Cell) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     data = read(pixels_path(cell), json.loads(cell["setting"]).get("shift", 0))
     example = {"pixel_values": data["validation"].images[:2]}
     set_seed(cell["seed"])
     try:
-        trainer = make_trainer(cell, data, example)
+        trainer = make_trainer(folder, cell, data, example)
         begin = time.process_time()
         trainer.train()
         seconds = time.process_time() - begin
@@ -250,11 +263,11 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def make_trainer(cell: Cell, data: dict[str, Pixels], example: dict[str, Tensor]) -> Trainer:
+def make_trainer(folder: Path, cell: Cell, data: dict[str, Pixels], example: dict[str, Tensor]) -> Trainer:
     run = {"max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"], "seed": cell["seed"]}
     own = {"learning_rate": 5e-4, **json.loads(cell["setting"]).get("training", {})}
     common = {
-        "args": training_arguments(CACHE / "channel_methods" / "run", **{**run, **own}),
+        "args": training_arguments(folder, **{**run, **own}),
         "train_dataset": data["train"],
         "eval_dataset": data["validation"],
         "data_collator": whole,
