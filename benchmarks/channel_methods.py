@@ -108,20 +108,24 @@ def early(**more: Any) -> dict[str, Any]:
 def resrep(scale: Scale) -> list[dict[str, Any]]:
     """Rows to forget are chosen in a sixth of the steps; the cut comes when those that nothing opposes have vanished.
 
-    In an eighth of the steps by a high rate, or in four tenths by a moderate one.
+    In an eighth of the steps by a high rate, in four tenths by a moderate one, or with a pull at forgotten rows alone,
+    all of which are chosen within a tenth.
     """
     momentum = 0.9
-    pace = {
-        "compactor_momentum": momentum,
-        "mask_interval_steps": max(1, scale.steps // 200),
-        "begin_granularity": max(1, scale.units // 56),
-    }
+    pace = {"compactor_momentum": momentum, "mask_interval_steps": max(1, scale.steps // 200)}
+    few, many = max(1, scale.units // 56), max(1, scale.units // 19)
 
-    def setting(rate: float, vanish: float, end: float) -> dict[str, Any]:
+    def setting(rate: float, vanish: float, **more: Any) -> dict[str, Any]:
         pull = (1 - momentum) / (rate * vanish * scale.steps)
-        return {"config": {**pace, "compactor_lr": rate, "lasso_weight": pull, "end": end}}
+        return {"config": {**pace, "compactor_lr": rate, "lasso_weight": pull, **more}}
 
-    return [setting(0.5, 0.125, 0.35), setting(0.1, 0.4, 0.65)]
+    sparing = {"pull": "forgotten", "begin": 0.06, "end": 0.3, "begin_granularity": many}
+    return [
+        setting(0.5, 0.125, end=0.35, begin_granularity=few),
+        setting(0.1, 0.4, end=0.65, begin_granularity=few),
+        setting(0.1, 0.125, **sparing),
+        setting(0.01, 0.125, **sparing),
+    ]
 
 
 def gate_decorator(scale: Scale) -> list[dict[str, Any]]:

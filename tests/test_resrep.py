@@ -137,6 +137,10 @@ def test_gradient_law() -> None:
     assert torch.allclose(changed[1], pull[1], atol=1e-7)
     assert torch.allclose(changed[[0, 2]], grad[[0, 2]] + pull[[0, 2]], atol=1e-7)
     assert torch.equal(changed[3], torch.zeros(4)), "a row of zeros stays, and is finite"
+    compactor.sparing.fill_(True)
+    assert torch.equal(compactor.reset_gradient(grad)[[0, 2]], grad[[0, 2]]), "only forgotten rows are pulled"
+    assert torch.equal(compactor.reset_gradient(grad)[[1, 3]], changed[[1, 3]])
+    compactor.sparing.fill_(False)
     compactor.closed.fill_(True)
     assert torch.equal(compactor.reset_gradient(grad)[0], grad[0]), "no pull once the rows are cut"
 
@@ -233,6 +237,23 @@ def test_quota_grows_and_a_row_that_recovers_is_released() -> None:
     _move(pruner, 70, 70, 100)
     assert compactor.keep[row]
     assert _forgotten(pruner) >= dropped[-1]
+
+
+@pytest.mark.parametrize("pull", ["all", "forgotten"])
+def test_rows_that_remember_are_spared_from_the_first_choice_on(pull: str) -> None:
+    config = ResRepConfig(target_params=0.6, begin=0.1, mask_interval_steps=5, begin_granularity=2, pull=pull)
+    pruner = _attached(config)
+
+    def sparing() -> set[bool]:
+        return {bool(gate.function.sparing) for gate in pruner.recipe.gates}
+
+    pruner.step(0, 100)
+    _move(pruner, 1, 14, 100)
+    assert _forgotten(pruner) == 0 and sparing() == {False}, "all are pulled, and so ranked"
+    _move(pruner, 15, 15, 100)
+    assert _forgotten(pruner) == 2 and sparing() == {pull == "forgotten"}
+    pruner.step(0, 100)
+    assert sparing() == {False}, "a run that starts again ranks again"
 
 
 def test_channels_at_their_floor_take_nothing_from_the_quota() -> None:

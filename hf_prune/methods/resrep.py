@@ -11,10 +11,12 @@ Differs   Built from the authors' code and published log; the paper's equation n
           where the authors leave a bias: the model's class needs it, and training can go on. The lowest rows that reach
           the goal are cut at `end`, exactly, with a warning where some are above `merge_threshold`; the authors cut
           whatever is below it. Channels at their floor take nothing from the quota; the transform runs once per
-          optimizer step, not per backward; a row of zeros is finite; every mask is rebuilt at each refresh. Every width
-          that one layer inside the repeated blocks produces is a target, which in ResNets are the authors' targets;
-          `residual` shares one compactor over the layers that add into a stream. `begin` is the authors' 5 of 180
-          epochs. Rates of biases and decay of norms are left to the user's optimizer.
+          optimizer step, not per backward; a row of zeros is finite; every mask is rebuilt at each refresh.
+          `pull="forgotten"` is ours: where a norm follows, nothing opposes the shrinking of all rows together, which
+          leaves small rows to the gradient's noise, so rows that remember are pulled only up to the first choice. Every
+          width that one layer inside the repeated blocks produces is a target, which in ResNets are the authors'
+          targets; `residual` shares one compactor over the layers that add into a stream. `begin` is the authors' 5 of
+          180 epochs. Rates of biases and decay of norms are left to the user's optimizer.
 Related   `magnitude` ranks by the filters themselves.
 """
 
@@ -64,9 +66,9 @@ class ResRepConfig(PruneConfig):
 
     A row vanishes within `(1 - compactor_momentum) / (compactor_lr * lasso_weight)` steps and comes to rest some
     `1 / (1 - compactor_momentum)` later. Short runs need quicker choices, less momentum and a higher `compactor_lr`
-    (0.5 with momentum 0.9, say) rather than a stronger pull, which presses the rows that remember as well. Train
-    without gradient clipping (`max_grad_norm=0`), as the authors do: the pull is added after it, and a clipped task
-    loses against it.
+    (0.5 with momentum 0.9, say) rather than a stronger pull, which presses the rows that remember as well, or
+    `pull="forgotten"`. Train without gradient clipping (`max_grad_norm=0`), as the authors do: the pull is added after
+    it, and a clipped task loses against it.
     """
 
     method = "resrep"
@@ -78,6 +80,7 @@ class ResRepConfig(PruneConfig):
     compactor_momentum: float = 0.99  # of that SGD, which has no weight decay
     mask_interval_steps: int = 200  # optimizer steps between two choices of the rows to forget
     begin_granularity: int = 4  # rows more at each choice while the goal is not reached
+    pull: str = "all"  # rows that lambda pulls from `begin` on: "all" (paper), or only the "forgotten" ones
     merge_threshold: float = 1e-5  # a row below this norm is zero: cutting it changes nothing
     residual: bool = False  # also prune residual streams, one compactor shared by all layers that add into one
 
@@ -91,6 +94,7 @@ class ResRepConfig(PruneConfig):
         require_range("mask_interval_steps", self.mask_interval_steps, 1, math.inf, closed_right=False)
         require_range("begin_granularity", self.begin_granularity, 1, math.inf, closed_right=False)
         require_range("merge_threshold", self.merge_threshold, 0.0, math.inf, closed_right=False)
+        require_choice("pull", self.pull, ("all", "forgotten"))
         require_goal(self, GOALS)
         require_removal(self)
 
@@ -106,11 +110,13 @@ class Compactor(ChannelFunction):
     """
 
     closed: Tensor
+    sparing: Tensor
 
     def __init__(self, channels: int, like: Tensor, lasso_weight: float) -> None:
         super().__init__(channels, like)
         self.weight = nn.Parameter(torch.eye(channels, dtype=at_least_float32(like), device=like.device))
-        self.register_buffer("closed", torch.zeros((), dtype=torch.bool, device=like.device))
+        for state in ("closed", "sparing"):
+            self.register_buffer(state, torch.zeros((), dtype=torch.bool, device=like.device))
         self.lasso_weight = lasso_weight
 
     def factor(self) -> Tensor:
@@ -126,10 +132,14 @@ class Compactor(ChannelFunction):
         return self.weight.detach().norm(dim=1)
 
     def reset_gradient(self, grad: Tensor) -> Tensor:
-        """The task's gradient in rows that remember, and lambda towards zero in every row; nothing once closed."""
+        """The task's gradient in rows that remember, and lambda towards zero in every row; nothing once closed.
+
+        Rows that remember are not pulled while `sparing`.
+        """
         task = torch.where(self.keep[:, None], grad, 0.0)
         pull = F.normalize(self.weight.detach(), dim=1)  # divides by at least 1e-12, so that a zero row stays finite
-        return task + self.lasso_weight * ~self.closed * pull
+        pulled = ~self.closed & ~(self.sparing & self.keep)
+        return task + self.lasso_weight * pulled[:, None] * pull
 
 
 class Forgetting:
@@ -157,6 +167,7 @@ class Forgetting:
         if share >= 1.0:
             return self.cheapest(scores, 1.0)
         if share > 0.0 and self.steps % self.config.mask_interval_steps == 0:
+            self._spare(self.config.pull == "forgotten")  # what was pulled equally so far is ranked by now
             return self._refreshed(scores)
         return self.plan
 
@@ -173,6 +184,10 @@ class Forgetting:
             return wanted
         return drop_lowest(scores, quota, self.floors)
 
+    def _spare(self, sparing: bool) -> None:
+        for gate in self.gates:
+            gate.function.sparing.fill_(sparing)
+
     def count(self) -> None:
         """One more optimizer step was made."""
         self.steps += 1
@@ -187,6 +202,7 @@ class Forgetting:
             return
         if metrics["progress"] == 0.0:  # also of a run that starts again
             self.steps = 0
+            self._spare(False)
         ended = metrics["progress"] >= self.config.end
         if ended and not self.closed:
             self._warn_of_loss()
