@@ -4,7 +4,7 @@
     python benchmarks/scores.py --quick    # a few hundred rows, one seed, minutes
     python benchmarks/scores.py --table    # only print what is there
 
-Texts: the dense model of each seed, trained as that of movement_text.py on half as many rows, loses 90 or 95 % of its
+Texts: the dense model of each seed, trained as that of movement_text.py on a quarter of the rows, loses 90 or 95 % of its
 encoder's weights between 5 and 50 % of one more epoch. "rescale" prunes the dense model of seed 0 at once, as it is and
 with the values of its first block times 100 and the output projection over 100, which changes no output. Images: the
 dense model of each seed loses channels inside blocks at once, down to half of the multiply-adds, and is tuned;
@@ -81,7 +81,7 @@ WHILE_TRAINING: dict[str, Callable[[], PruneConfig]] = {
         target_flops=0.5, include=INNER, begin=0.1, end=0.7, rounds=6, calibration_batches=16
     ),
 }
-TEXT_FULL = {"rows": 4080, "epochs": 2, "batch": 32}
+TEXT_FULL = {"rows": 2040, "epochs": 2, "batch": 32}
 IMAGES_FULL = {"rows": 30_000, "dense_steps": 3000, "steps": 900, "batch": 32}
 IMAGES_QUICK = {"rows": 1000, "dense_steps": 60, "steps": 20, "batch": 32}
 
