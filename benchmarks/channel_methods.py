@@ -358,10 +358,13 @@ def row_cells(store: Store, task: str, row: str, goal: float, quick: bool) -> li
 
 
 def guarded_cells(quick: bool) -> list[Cell]:
-    size = size_of("fashion", quick)
-    (setting,) = trials("play_and_prune", Scale(size["steps"], TASKS["fashion"].units))
+    """Runs of half as many steps as the rows have."""
+    steps = size_of("fashion", quick)["steps"] // 2
+    (setting,) = trials("play_and_prune", Scale(steps, TASKS["fashion"].units))
     seeds = range(2 if quick else GUARDED_RUNS)
-    return [row_cell("fashion", "play_and_prune", TOLERANCE, seed, setting, quick) for seed in seeds]
+    return [
+        {**row_cell("fashion", "play_and_prune", TOLERANCE, seed, setting, quick), "steps": steps} for seed in seeds
+    ]
 
 
 def scratch_cells(quick: bool) -> list[Cell]:

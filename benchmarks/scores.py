@@ -4,10 +4,10 @@
     python benchmarks/scores.py --quick    # a few hundred rows, one seed, minutes
     python benchmarks/scores.py --table    # only print what is there
 
-Texts: the dense model of each seed, trained as that of movement_text.py on a quarter of the rows, loses 90 or 95 % of its
-encoder's weights between 5 and 50 % of one more epoch. "rescale" prunes the dense model of seed 0 at once, as it is and
-with the values of its first block times 100 and the output projection over 100, which changes no output. Images: the
-dense model of each seed loses channels inside blocks at once, down to half of the multiply-adds, and is tuned;
+Texts: the dense model of each seed, trained as that of movement_text.py on a quarter of the rows, loses 90 or 95 % of
+its encoder's weights between 5 and 50 % of one more epoch. "rescale" prunes the dense model of seed 0 at once, as it is
+and with the values of its first block times 100 and the output projection over 100, which changes no output. Images:
+the dense model of each seed loses channels inside blocks at once, down to half of the multiply-adds, and is tuned;
 relevance and L1 "while training" prune within one training from nothing. "cost" times EZCrop's score and a rank by
 singular values on the same maps.
 """
