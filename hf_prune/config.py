@@ -18,6 +18,8 @@ GOALS = (
     "target_bytes",
     "max_metric_drop",
 )
+PRICED = ("target_params", "target_flops", "target_latency", "target_bytes")
+"""Goals that a whole model has a price in."""
 SCOPES = ("global", "per_group")
 
 
@@ -39,6 +41,8 @@ class PruneConfig:
     """Fields that all methods share; a method's own config adds at most twelve. Unknown keys raise."""
 
     method: ClassVar[str] = ""
+    rounds_widths: ClassVar[bool] = False
+    """Whether the method takes `width_multiple`."""
 
     final_sparsity: float | None = None  # fraction of prunable weights removed at the end, in [0, 1)
     target_units: float | None = None  # fraction of the units of the groups (channels, heads, neurons) kept, in (0, 1]
@@ -54,6 +58,7 @@ class PruneConfig:
     begin: float = 0.0  # share of the optimizer steps after which pruning starts, in [0, 1)
     end: float = 1.0  # share of the optimizer steps at which the goal is reached, in (begin, 1]
     min_keep: float = 0.0  # fraction of the units of each weight or group that always stays; one unit always does
+    width_multiple: int = 1  # kept widths are whole or multiples of this, in groups of at least four multiples
     seed: int = 0  # of every random choice that the method itself makes
 
     def __post_init__(self) -> None:
@@ -64,6 +69,9 @@ class PruneConfig:
             if not isinstance(patterns, (tuple, list)) or not all(isinstance(each, str) for each in patterns):
                 raise TypeError(f"{name} must be a tuple of globs (strings), got {patterns!r}.")
             object.__setattr__(self, name, tuple(patterns))
+        for each in dataclasses.fields(self):
+            if each.type == "int":
+                require_whole(each.name, getattr(self, each.name))
         require_choice("scope", self.scope, SCOPES)
         require_range("begin", self.begin, 0.0, 1.0)
         require_range("end", self.end, 0.0, 1.0)
@@ -74,6 +82,19 @@ class PruneConfig:
             )
         require_range("min_keep", self.min_keep, 0.0, 1.0, closed_right=False)
         self._check_goals()
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        require_range("width_multiple", self.width_multiple, 1, math.inf, closed_right=False)
+        if self.width_multiple == 1:
+            return
+        if not self.rounds_widths:
+            raise ValueError(f"{type(self).__name__} does not round widths; leave width_multiple at 1.")
+        if self.goal is None or self.goal.name not in PRICED or self.structure == "layer":
+            raise ValueError(
+                f"width_multiple={self.width_multiple} goes with units of groups and a goal of {', '.join(PRICED)}; "
+                "set one of these, or leave it at 1."
+            )
 
     def _check_goals(self) -> None:
         given = [name for name in GOALS if getattr(self, name) is not None]
@@ -162,6 +183,12 @@ def require_range(
     )
     if not inside:
         raise ValueError(f"{name} must be a number in {left}{low:g}, {high:g}{right}, got {value!r}.")
+
+
+def require_whole(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is a whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

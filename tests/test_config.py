@@ -87,6 +87,8 @@ def test_without_a_goal_there_is_none() -> None:
         ({"include": "bert.*"}, r"include must be a tuple of globs, got the string 'bert\.\*'; write \('bert\.\*',\)"),
         ({"exclude": "head"}, "exclude must be a tuple of globs"),
         ({"include": None}, "include must be a tuple of globs"),
+        ({"seed": 1.0}, r"seed must be a whole number, got 1\.0"),
+        ({"width_multiple": True}, "width_multiple must be a whole number, got True"),
         ({"exclude": (1,)}, "exclude must be a tuple of globs"),
     ],
 )

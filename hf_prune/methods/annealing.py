@@ -60,6 +60,7 @@ class AnnealingConfig(PruneConfig):
     """`mu` of 0 to 1 for a model that starts from random weights: size says little about those yet."""
 
     method = "annealing"
+    rounds_widths = True
 
     structure: str = ""  # "element", "column" (all weights of an input), "group"; empty: what the goal needs
     scope: str = "per_group"

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice, require_range, require_removal
 from hf_prune.parts import schedules
-from hf_prune.parts.budgets import fit_price, share_of_sizes
+from hf_prune.parts.budgets import share_of_sizes
 from hf_prune.parts.channel_gates import (
     ChannelFunction,
     ChannelGate,
@@ -49,6 +49,7 @@ from hf_prune.parts.randomness import generator
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import Selection, floor_count, keep_floors
 from hf_prune.parts.statistics import mean_over_processes
+from hf_prune.parts.targets import choose_units
 from hf_prune.types import Paper, Phase, Plan, PruneError
 
 PAPER = Paper(
@@ -79,6 +80,7 @@ class BWCPConfig(PruneConfig):
     """
 
     method = "bwcp"
+    rounds_widths = True
 
     structure: str = "group"
     begin: float = 20 / 120
@@ -343,10 +345,7 @@ def build(model: nn.Module, graph: Any, config: BWCPConfig) -> Recipe:
             "reads how likely a channel is active; use another method for this model."
         )
     gates, units = [_gate(model, target, config) for target in targets], [target.units for target in targets]
-    if config.goal is None:
-        chosen = _likely(targets, config.min_keep)
-    else:
-        chosen = fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    chosen = _likely(targets, config.min_keep) if config.goal is None else choose_units(graph, units, config)
     probabilities = Probabilities(gates, graph.traced, chosen, config)
     return Recipe(
         structures=units,

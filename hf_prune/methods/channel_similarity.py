@@ -62,6 +62,7 @@ class ChannelSimilarityConfig(PruneConfig):
     """Scope "global" cuts all layers' trees at one height, "per_group" leaves the same fraction of each."""
 
     method = "channel_similarity"
+    rounds_widths = True
 
     structure: str = "group"
     correlation: str = "filter"  # "filter", "empirical" (needs data), "independent", "distribution"

@@ -58,6 +58,7 @@ class EZCropConfig(PruneConfig):
     """Defaults are the authors': 5 batches, a quarter of the spectrum's half, convolution outputs, one pass."""
 
     method = "ezcrop"
+    rounds_widths = True
 
     structure: str = "group"
     scope: str = "per_group"

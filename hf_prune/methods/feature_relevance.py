@@ -61,6 +61,7 @@ class FeatureRelevanceConfig(PruneConfig):
     """Defaults are the authors' 200 epochs: channels go at epochs 21, 42 ... 147, the rest is for converging."""
 
     method = "feature_relevance"
+    rounds_widths = True
 
     structure: str = "group"
     begin: float = 21 / 200

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.graph.writers import LAYERS
 from hf_prune.parts import schedules
-from hf_prune.parts.budgets import PRICES, fit_price
+from hf_prune.parts.budgets import PRICES
 from hf_prune.parts.channel_gates import ChannelGate, ChannelScale, ChannelTarget, channel_targets
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import Selection, drop_lowest, dropped, floor_count
+from hf_prune.parts.targets import choose_units
 from hf_prune.types import Paper, Phase, Plan, PruneError
 
 PAPER = Paper(
@@ -68,6 +69,7 @@ class GateDecoratorConfig(PruneConfig):
     """
 
     method = "gate_decorator"
+    rounds_widths = True
 
     structure: str = "group"
     end: float = 0.86  # 16 Tocks and 153 Ticks of 363 epochs; the rest is tuning
@@ -278,7 +280,7 @@ def build(model: nn.Module, graph: Any, config: GateDecoratorConfig) -> Recipe:
     functions = [function for gate in gates for function in gate.functions]
     traced, price = graph.traced, PRICES[goal.name]
     allowed = goal.value * price(traced, None)
-    cheapest = fit_price(traced, units, goal, scope=config.scope, min_keep=config.min_keep)
+    cheapest = choose_units(graph, units, config)
     tick_tock = TickTock(gates, cheapest, lambda plan: price(traced, plan) <= allowed, _in_tick(model, gates), config)
     sgd = partial(
         torch.optim.SGD, lr=config.gate_lr, momentum=config.gate_momentum, weight_decay=config.gate_weight_decay

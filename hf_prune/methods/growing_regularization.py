@@ -66,6 +66,7 @@ class GrowingRegularizationConfig(PruneConfig):
     """
 
     method = "growing_regularization"
+    rounds_widths = True
 
     structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     scope: str = "per_group"

@@ -60,6 +60,7 @@ class LookaheadConfig(PruneConfig):
     """Defaults are the paper's LAP: the same fraction of each layer, all scored before any is masked."""
 
     method = "lookahead"
+    rounds_widths = True
 
     structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     scope: str = "per_group"

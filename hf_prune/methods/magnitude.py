@@ -51,6 +51,7 @@ class MagnitudeConfig(PruneConfig):
     """`final_sparsity` removes single weights, `target_*` whole units of dimension groups."""
 
     method = "magnitude"
+    rounds_widths = True
 
     structure: str = ""  # "element" (weights), "group" (units), "layer" (whole layers); empty: what the goal needs
     score: str = "l1"  # "l1": mean |w|; "l2": root mean square; "random": a seeded permutation

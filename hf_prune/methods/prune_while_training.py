@@ -58,6 +58,7 @@ class PruneWhileTrainingConfig(PruneConfig):
     """`target_units=0.2` is the abstract's 80 % of all filters."""
 
     method = "prune_while_training"
+    rounds_widths = True
 
     structure: str = "group"
     scope: str = "per_group"

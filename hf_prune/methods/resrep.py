@@ -35,10 +35,11 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruneConfig, require_choice, require_goal, require_range, require_removal
 from hf_prune.parts import schedules
-from hf_prune.parts.budgets import PRICES, fit_price
+from hf_prune.parts.budgets import PRICES
 from hf_prune.parts.channel_gates import ChannelFunction, ChannelGate, at_least_float32, channel_targets
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import Selection, drop_lowest, dropped, floor_count
+from hf_prune.parts.targets import choose_units
 from hf_prune.types import Paper, Phase, Plan
 
 PAPER = Paper(
@@ -72,6 +73,7 @@ class ResRepConfig(PruneConfig):
     """
 
     method = "resrep"
+    rounds_widths = True
 
     structure: str = "group"
     begin: float = 5 / 180
@@ -248,7 +250,7 @@ def build(model: nn.Module, graph: Any, config: ResRepConfig) -> Recipe:
     units = [target.units for target in targets]
     traced, price = graph.traced, PRICES[goal.name]
     allowed = goal.value * price(traced, None)
-    cheapest = fit_price(traced, units, goal, scope=config.scope, min_keep=config.min_keep)
+    cheapest = choose_units(graph, units, config)
     forgetting = Forgetting(gates, cheapest, lambda plan: price(traced, plan) <= allowed, config)
     return Recipe(
         structures=units,

@@ -58,7 +58,7 @@ GOALS = targets.GOALS
 TINY_MODEL = "image"
 
 CYCLES = ("one_cycle", "constant")
-OWN = ("include", "exclude", "structure", "scope", "min_keep", "seed")
+OWN = ("include", "exclude", "structure", "scope", "min_keep", "width_multiple", "seed")
 """Shared fields that reach the inner method where they are set; `begin` and `end` always do."""
 
 
@@ -71,6 +71,7 @@ class SnapshotEnsembleConfig(PruneConfig):
     """
 
     method = "snapshot_ensemble"
+    rounds_widths = True
 
     structure: str = ""  # what the inner method takes; empty: its default
     end: float = 0.1  # share of each round after which the inner method has pruned

@@ -61,6 +61,7 @@ class WeightImportanceConfig(PruneConfig):
     """`final_sparsity` ranks single weights, `target_*` whole units; both need data."""
 
     method = "weight_importance"
+    rounds_widths = True
 
     structure: str = ""  # "element" (single weights) or "group" (whole units); empty: what the goal needs
     score: str = "fisher"  # "fisher", "empirical", "covariance", "hessian" (single weights), "natural" (units)

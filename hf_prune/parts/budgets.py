@@ -69,13 +69,18 @@ class Allowance:
         return choose(kept * self.dense)
 
 
-def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float) -> Selection:
+def fit_price(
+    graph: Graph, structures: Sequence[Structure], goal: Goal, *, scope: str, min_keep: float, width_multiple: int = 1
+) -> Selection:
     """The most units, highest scores first, whose price is at most the goal's share of the dense price.
 
     Scope "global" ranks the units of all groups together; "per_group" keeps the same fraction of each. Every group
-    keeps its floor; a goal below the price of all floors raises at once.
+    keeps its floor; a goal below the price of all floors raises at once. Groups of at least four times `width_multiple`
+    keep all their units or a multiple of it, the nearest to what they would keep without.
     """
-    price, floors = PRICES[goal.name], {s.name: floor_count(min_keep, s.units) for s in structures}
+    price = PRICES[goal.name]
+    blocks = {s.name: width_multiple if s.units >= 4 * width_multiple else 1 for s in structures}
+    floors = {s.name: _round_up(floor_count(min_keep, s.units), blocks[s.name], s.units) for s in structures}
     dense = price(graph, None)
     require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
 
@@ -86,7 +91,7 @@ def fit_price(graph: Graph, structures: Sequence[Structure], goal: Goal, *, scop
         return allowance.spend(share, lambda allowed: choose(values, allowed))
 
     def choose(values: Mapping[str, Tensor], allowed: float) -> Plan:
-        places = _places(values, floors)
+        places = _places(values, floors, blocks)
 
         def best(count: int) -> Plan:
             return {name: place < count for name, place in places.items()}
@@ -116,12 +121,29 @@ def require_reachable(goal: Goal, least: float) -> None:
         )
 
 
-def _places(values: Mapping[str, Tensor], floors: Mapping[str, int]) -> dict[str, Tensor]:
-    """Place of each unit among those of all groups, the highest at 0, of equal ones the first; floors at -1."""
+def _places(values: Mapping[str, Tensor], floors: Mapping[str, int], blocks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Place of each unit among those of all groups, the highest at 0, of equal ones the first; floors at -1.
+
+    blocks: how many neighbours in a group's own order stay or go together, at the place of the middle one.
+    """
     order = torch.cat(list(values.values())).sort(descending=True, stable=True).indices
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     each = zip(values.items(), places.split([len(value) for value in values.values()]), strict=True)
-    return {name: place.masked_fill(keep_highest([value], floors[name])[0], -1) for (name, value), place in each}
+    return {
+        name: _together(place, blocks[name]).masked_fill(keep_highest([value], floors[name])[0], -1)
+        for (name, value), place in each
+    }
+
+
+def _together(places: Tensor, block: int) -> Tensor:
+    """`places`, from the best on in blocks that share the place of their middle unit."""
+    ordered, where = places.sort()
+    middle = torch.arange(len(places), device=places.device) // block * block + (block - 1) // 2
+    return torch.empty_like(places).scatter_(0, where, ordered[middle.clamp(max=len(places) - 1)])
+
+
+def _round_up(count: int, block: int, most: int) -> int:
+    return min(-(-count // block) * block, most)
 
 
 def _rank(score: Tensor) -> Tensor:

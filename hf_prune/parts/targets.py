@@ -73,7 +73,14 @@ def choose_units(graph: Any, units: Sequence[Structure], config: PruneConfig) ->
     assert config.goal is not None
     if config.goal.name == "target_units":
         return top_units(units, config.goal, scope=config.scope, min_keep=config.min_keep)
-    return fit_price(graph.traced, units, config.goal, scope=config.scope, min_keep=config.min_keep)
+    return fit_price(
+        graph.traced,
+        units,
+        config.goal,
+        scope=config.scope,
+        min_keep=config.min_keep,
+        width_multiple=config.width_multiple,
+    )
 
 
 def sizes(model: nn.Module, units: Sequence[Structure], *, order: int) -> Callable[[], Mapping[str, Tensor]]:
