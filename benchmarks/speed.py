@@ -6,8 +6,7 @@
 
 Time: medians of interleaved rounds with one thread; the gain is the speed-up over the cut of multiply-adds, its goal
 0.88. "per_group" plans keep the same share of every group, "global" ones the largest mean weights of all groups, which
-are random here, so that widths are uneven for no reason. `multiple` rounds the widths of the plan to multiples of it,
-at the same multiply-adds.
+are random here, so that widths are uneven for no reason. `multiple` is the config's `width_multiple`.
 Memory: what a fresh process holds at its peak, while it loads the saved narrow model and runs it once, beyond what it
 held after its imports, over the bytes of the parameters; the goal is 1.3. Beside it, what the peak is beyond them,
 narrow and dense: activations, scratch memory and Python's objects, negative where parameters are mapped but never
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from hf_prune import MagnitudeConfig, Pruner
 from hf_prune.checkpoint import save_pretrained
-from hf_prune.graph import Graph, shrink, trace
+from hf_prune.graph import shrink, trace
 from hf_prune.timing import compare
 from hf_prune.types import Plan
 
@@ -41,40 +40,20 @@ GOALS = {"gain over multiply-add cut": 0.88, "peak over parameter bytes": 1.3}
 MULTIPLES = (1, 8, 16, 32)
 
 
-def half(model: nn.Module, inputs: Mapping[str, Tensor], scope: str) -> Plan:
+def half(model: nn.Module, inputs: Mapping[str, Tensor], scope: str, multiple: int) -> Plan:
     """The plan of magnitude pruning that keeps half of the multiply-adds; the model stays as it is."""
-    pruner = Pruner(copy.deepcopy(model), MagnitudeConfig(target_flops=KEPT, scope=scope), inputs)
+    config = MagnitudeConfig(target_flops=KEPT, scope=scope, width_multiple=multiple)
+    pruner = Pruner(copy.deepcopy(model), config, inputs)
     pruner.attach()
     pruner.step(1, 1)
     return {name: keep.clone() for name, keep in pruner.plan.items()}
-
-
-def rounded(graph: Graph, plan: Plan, multiple: int) -> Plan:
-    """Widths of `plan` times a common factor, to the nearest multiple, such that half of the multiply-adds stays."""
-    if multiple == 1:
-        return plan
-    dense, low, high = graph.price().multiply_adds, 0.5, 2.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = graph.price(_stretched(plan, middle, multiple)).multiply_adds <= KEPT * dense
-        low, high = (middle, high) if fits else (low, middle)
-    return _stretched(plan, low, multiple)
-
-
-def _stretched(plan: Plan, factor: float, multiple: int) -> Plan:
-    stretched = {}
-    for name, keep in plan.items():
-        step = multiple if len(keep) >= 4 * multiple else 1  # heads are few, and no dimension of a product
-        count = round(factor * int(keep.sum()) / step) * step
-        stretched[name] = torch.arange(len(keep)) < min(max(count, step), len(keep))
-    return stretched
 
 
 def measure(cell: Cell) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, inputs = build(cell["model"], cell["quick"])
     graph = trace(model, {name: torch.cat([value, value]) for name, value in inputs.items()})
-    plan = rounded(graph, half(model, graph.inputs, cell["plan"]), cell["multiple"])
+    plan = half(model, graph.inputs, cell["plan"], cell["multiple"])
     cut = graph.price().multiply_adds / graph.price(plan).multiply_adds
     narrow = copy.deepcopy(model)
     shrink(narrow, graph, plan)
