@@ -49,7 +49,7 @@ class Store:
         self.content["cells"].pop(key(cell), None)
 
     def write(self, **summary: Any) -> None:
-        self.content.update(summary, command=" ".join(["python", *sys.argv]), environment=environment())
+        self.content.update(summary, command=f"python {sys.argv[0]}", environment=environment())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -52,8 +52,9 @@ from hf_prune import (
 )
 from hf_prune.demo_data import load_fashion_mnist
 from hf_prune.graph import trace
+from hf_prune.graph.trace import evaluating
 from hf_prune.methods.ezcrop import energy_outside
-from hf_prune.parts.statistics import Calibration, Point, evaluating, gather
+from hf_prune.parts.statistics import Calibration, Point, gather
 
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.9, 0.95)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,13 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     import cells
 
     yield cells
-    for name in ("cells", "movement_text", "channel_methods", "images", "training_methods"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(harness: Any, name: str) -> None:
+    assert importlib.import_module(name).__doc__
 
 
 def count_letters(cell: dict[str, Any]) -> dict[str, Any]:
