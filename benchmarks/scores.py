@@ -96,10 +96,17 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 def text_dense(cell: Cell) -> dict[str, Any]:
     """Train the dense model of movement_text.py, unless it is there."""
     own = dense_cell(cell["seed"], _text_size(cell))
-    if not (Path(dense_folder(own)) / "config.json").exists():
+    if not dense_model(cell).exists():
         return train_text(own)
     tokenizer, data = tokenized_rows(cell["rows"])
     return {"correct": correctness(_reopen(own), data, DataCollatorWithPadding(tokenizer))}
+
+
+def dense_model(cell: Cell) -> Path:
+    """Where a dense cell's model is kept."""
+    if cell["kind"] == "image dense":
+        return _dense_image(cell)
+    return Path(dense_folder(dense_cell(cell["seed"], _text_size(cell)))) / "config.json"
 
 
 def text_pruned(cell: Cell) -> dict[str, Any]:
@@ -396,6 +403,9 @@ def main() -> None:
     plan, store = Plan(options.quick), open_store("scores", options.quick)
     if not options.table:
         decode(load_fashion_mnist, plan.images["rows"], pixels_path(plan.images))
+        for cell in plan.dense():
+            if not dense_model(cell).exists():
+                store.forget(cell)  # the others start from its model
         run(plan.dense(), run_cell, store, options.workers)
         run([plan.cost()], run_cell, store, 1)  # a timing, so by itself
         run(plan.rest(), run_cell, store, options.workers)
