@@ -63,6 +63,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, variant: s
     _assert_close(two, one, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_agree_after_returning_to_an_older_state(tmp_path: Path) -> None:
     done = _launch(tmp_path, processes=2, script=SCRIPT.with_name("guard_tiny.py"))
