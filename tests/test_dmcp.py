@@ -307,7 +307,7 @@ def test_width_goes_where_it_is_needed() -> None:
     _train(model, 600, pruner)
     with torch.no_grad():
         expected = float(search.price(torch.stack([width.expected() for width in search.widths])))
-    # Which way 600 steps go hangs on the machine's last bits: 0.38 to 0.41 were seen.
+    # The search still swings when it ends: after 600, 700, 800 and 1,000 steps it was at 0.380, 0.394, 0.377 and 0.406.
     assert expected == pytest.approx(0.4, rel=0.08), "the search itself lands near the goal"
     pruner.finalize()
     a, b = model.a.out_features, model.b.out_features
