@@ -70,7 +70,7 @@ class PruneConfig:
                 raise TypeError(f"{name} must be a tuple of globs (strings), got {patterns!r}.")
             object.__setattr__(self, name, tuple(patterns))
         for each in dataclasses.fields(self):
-            if each.type == "int":
+            if each.type in ("int", int):  # a module without postponed annotations has the class
                 require_whole(each.name, getattr(self, each.name))
         require_choice("scope", self.scope, SCOPES)
         require_range("begin", self.begin, 0.0, 1.0)

@@ -250,8 +250,8 @@ def fit_share(graph: Graph, config: PruneNetConfig, targets: Sequence[ChannelTar
     goal, price = config.goal, PRICES[config.goal.name]
     floors = {target.units.name: floor_count(config.min_keep, target.units.units) for target in targets}
     least = {t.units.name: torch.arange(t.units.units) < floors[t.units.name] for t in targets}
-    require_reachable(goal, price(graph, least) / price(graph, None))
     allowance = Allowance(graph, goal)
+    require_reachable(goal, price(graph, least) / allowance.dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: score.double().cpu() for name, score in scores.items()}

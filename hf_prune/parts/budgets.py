@@ -81,10 +81,8 @@ def fit_price(
     price = PRICES[goal.name]
     blocks = {s.name: width_multiple if s.units >= 4 * width_multiple else 1 for s in structures}
     floors = {s.name: _round_up(floor_count(min_keep, s.units), blocks[s.name], s.units) for s in structures}
-    dense = price(graph, None)
-    require_reachable(goal, price(graph, _floors_alone(structures, floors)) / dense)
-
     allowance = Allowance(graph, goal)
+    require_reachable(goal, price(graph, _floors_alone(structures, floors)) / allowance.dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
@@ -137,6 +135,8 @@ def _places(values: Mapping[str, Tensor], floors: Mapping[str, int], blocks: Map
 
 def _together(places: Tensor, block: int) -> Tensor:
     """`places`, from the best on in blocks that share the place of their middle unit."""
+    if block == 1:
+        return places
     ordered, where = places.sort()
     middle = torch.arange(len(places), device=places.device) // block * block + (block - 1) // 2
     return torch.empty_like(places).scatter_(0, where, ordered[middle.clamp(max=len(places) - 1)])
