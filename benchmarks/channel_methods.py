@@ -9,8 +9,8 @@ A row is a method under its setting in `TRIALS`, or its config's defaults, on th
 streams stay whole, but in a second setting of uniform L1. Rows with several settings are tried on Fashion-MNIST at half
 of the multiply-adds with seed 0, and the one with the best validation accuracy is used everywhere; test rows count for
 that one alone. All rows train for the same number of optimizer steps, search included, with AdamW under a cosine; the
-fields "training" of a setting change that. Overhead is processor time of training over
-that of "tuned", which only trains on.
+fields "training" of a setting change that. Overhead is processor time of training over that of "tuned", which only
+trains on.
 """
 
 from __future__ import annotations
@@ -368,8 +368,11 @@ def guarded_cells(quick: bool) -> list[Cell]:
 
 
 def scratch_cells(quick: bool) -> list[Cell]:
-    own = {"begin": 0.1, "lambda1": 1e-2, "lambda2": 1e-2}
-    setting = json.dumps({"config": own, **TASKS["fashion"].dense}, sort_keys=True)
+    """Three tenths tune what the cut leaves, at a rate that whitening bears: the better of two trials of 1200 steps."""
+    own = {"begin": 0.1, "end": 0.7, "lambda1": 1e-2, "lambda2": 1e-2}
+    trained = TASKS["fashion"].dense
+    training = {**trained["training"], "learning_rate": 1e-3}
+    setting = json.dumps({"config": own, **trained, "training": training}, sort_keys=True)
     dense = {**dense_cell("fashion", quick), "row": FROM_SCRATCH, "goal": SCRATCH_GOAL, "setting": setting}
     return [{**dense, "seed": seed} for seed in ((0,) if quick else SEEDS)]
 
