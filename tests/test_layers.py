@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import difference, even_plan, outputs
+from exactness import aligned, difference, even_plan, outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, DPTConfig, DPTForDepthEstimation
@@ -185,7 +185,7 @@ def test_every_model_without_layers_is_an_ordinary_one(name: str, tmp_path: Path
     wanted = outputs(model, inputs)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    found = outputs(type(model).from_pretrained(tmp_path).eval(), inputs)
+    found = outputs(aligned(type(model).from_pretrained(tmp_path).eval()), inputs)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
@@ -231,7 +231,7 @@ def test_layers_and_groups_one_after_the_other(order: str, tmp_path: Path) -> No
     wanted = outputs(model, IMAGES)
     for save in (model.save_pretrained, lambda folder: hf_prune.save_pretrained(model, folder)):
         save(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path).eval()
+        loaded = aligned(type(model).from_pretrained(tmp_path).eval())
         assert torch.equal(outputs(loaded, IMAGES)[0], wanted[0])
     second = trace(loaded, IMAGES)
     shrink(loaded, second, even_plan(second.groups.values(), 0.3))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from exactness import aligned
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -189,7 +190,7 @@ def test_snapshots_of_different_widths(tmp_path: Path) -> None:
     dense = sum(parameter.numel() for parameter in tiny_image_model().parameters())
     assert trainer.report.parameters["dense"] == dense
     trainer.save_model(str(tmp_path / "out"))
-    loaded = type(trainer.model).from_pretrained(tmp_path / "out").eval()
+    loaded = aligned(type(trainer.model).from_pretrained(tmp_path / "out").eval())
     pixels = torch.randn(2, 3, 17, 17)
     assert torch.equal(loaded(pixels).logits, trainer.model.eval()(pixels).logits)
 
