@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_prune import methods
+from hf_prune.baking import bake, prices, refuse_unshrinkable, units_to_cut
 from hf_prune.config import PruneConfig
 from hf_prune.graph.lazy import ExampleInputs, LazyGraph
 from hf_prune.graph.trace import evaluating
@@ -25,16 +25,10 @@ from hf_prune.parts.gates import copy_with_gates, refuse_parametrized, restored_
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.rounds import Build, Round
 from hf_prune.parts.statistics import Calibration, Data
-from hf_prune.parts.structures import GroupUnits, LayerUnits
-from hf_prune.report import make_report, sparsity
-from hf_prune.report.origin import base_model
+from hf_prune.report import sparsity
 from hf_prune.types import Phase, Plan, PruneError, Report
 
 _ROUNDING = 1e-9  # of progress: 3 of 10 steps are at 0.3
-
-
-CUT = (GroupUnits, LayerUnits)
-"""Structures whose units are cut out of the model in the end; those of others stay as zeros."""
 
 
 class Pruner:
@@ -136,8 +130,7 @@ class Pruner:
                 "or Pruner(...) evaluate=, a function of the model that returns its metrics on validation data."
             )
         refuse_parametrized(self.model, [tensor for each in recipe.structures for tensor in each.tensors])
-        if any(isinstance(each, CUT) for each in recipe.structures):
-            _refuse_unshrinkable(self.model, self.graph)
+        refuse_unshrinkable(self.model, self.graph, recipe.structures)
         names = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several
         with restored_on_error(self.model):
             for gate in recipe.gates:
@@ -386,8 +379,8 @@ class Pruner:
     def logs(self) -> dict[str, float]:
         """What a progress bar or TensorBoard should show: sparsity, prices, loss terms, what steers them."""
         values = {"sparsity": self.sparsity, **{name: float(term) for name, term in self._last_terms.items()}}
-        if prices := self._prices(self._group_plan(self.plan)):
-            values["multiply_adds_kept"] = prices["multiply_adds"]["kept"] / prices["multiply_adds"]["dense"]
+        if priced := prices(self.graph, units_to_cut(self._attached.structures, self.plan)):
+            values["multiply_adds_kept"] = priced["multiply_adds"]["kept"] / priced["multiply_adds"]["dense"]
         if self.distiller is not None:
             values["temperature"] = self.distiller.config.temperature
         weight = getattr(self._attached.controller, "weight", None)
@@ -395,14 +388,15 @@ class Pruner:
 
     def baked(self) -> tuple[nn.Module, Report]:
         """A finished copy of the model as it is now; the run goes on untouched."""
-        return self._bake(copy_with_gates(self.model))
+        copy = copy_with_gates(self.model)
+        return copy, self._bake(copy)
 
     def finalize(self) -> Report:
         """Fold the gates, shrink what lost units, and leave a plain model; returns what was done.
 
         Where it raises, no score or mask is lost, and it can be called again.
         """
-        _, report = self._bake(self.model)
+        report = self._bake(self.model)
         self._release()
         self.report = report
         return report
@@ -421,40 +415,8 @@ class Pruner:
             self._narrowing.finish(self.model)
         self._release()
 
-    def _bake(self, model: nn.Module) -> tuple[nn.Module, Report]:
-        recipe, plan = self._attached, {name: keep.clone() for name, keep in self.plan.items()}
-        was_training = model.training
-        model.eval()  # gates that are random while training fold their deterministic value
-        try:
-            for gate in recipe.gates:
-                gate.fold(model)
-        finally:
-            model.train(was_training)
-        if self._narrowing is not None:
-            self._narrowing.finish(model)
-        groups = self._group_plan(plan)
-        frozen = self.graph.frozen if groups else {}
-        report = make_report(recipe.structures, plan, self.config, self.method.PAPER, model, frozen)
-        report = replace(
-            report,
-            run=dict(recipe.record()) if recipe.record is not None else {},
-            prices=self._prices(groups),
-            base_model=base_model(model),
-        )
-        if groups:
-            _shrink(model, self.graph, groups)
-        return model, report
-
-    def _group_plan(self, plan: Plan) -> Plan:
-        """The part of `plan` that is about units of groups or whole layers: what makes the model smaller."""
-        return {each.name: plan[each.name] for each in self._attached.structures if isinstance(each, CUT)}
-
-    def _prices(self, groups: Plan) -> dict[str, dict[str, float]]:
-        """`Report.prices` of a group plan; none without groups, so that a method on weights needs no trace."""
-        if not groups:
-            return {}
-        dense, kept = asdict(self.graph.traced.price()), asdict(self.graph.traced.price(groups))
-        return {name: {"dense": dense[name], "kept": kept[name]} for name in dense}
+    def _bake(self, model: nn.Module) -> Report:
+        return bake(model, self._attached, self.graph, self._narrowing, self.config, self.method.PAPER)
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted run needs beside model and optimizer; plain numbers and tensors."""
@@ -495,26 +457,6 @@ class Pruner:
             state = "finalized" if self.report is not None else "not attached yet"
             raise PruneError(f"this Pruner is {state}; call attach() first, and finalize() last.")
         return self.recipe
-
-
-def _refuse_unshrinkable(model: nn.Module, graph: LazyGraph) -> None:
-    """Raise now for what would stop `_shrink` at the end, whatever the plan: hooks, another tool's quantization."""
-    from hf_prune.checkpoint.save import earlier_table
-    from hf_prune.graph.verify import check_model
-
-    check_model(model, graph.traced)
-    if isinstance(model, PreTrainedModel):
-        earlier_table(model)
-
-
-def _shrink(model: nn.Module, graph: LazyGraph, plan: Plan) -> None:
-    """Remove the units that `plan` drops, and note it in the config, so that any save of the model can be loaded."""
-    from hf_prune.checkpoint import mark
-    from hf_prune.graph import shrink
-
-    table = shrink(model, graph.traced, plan)
-    if isinstance(model, PreTrainedModel):
-        mark(model, table)
 
 
 def _listed(teacher: Teacher | Sequence[Teacher] | None) -> list[Teacher]:
