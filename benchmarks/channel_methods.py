@@ -95,6 +95,7 @@ TASKS = {
 class Scale(NamedTuple):
     steps: int
     units: int
+    goal: float
 
 
 EARLY = {"begin": 0.0, "end": 0.3}
@@ -149,15 +150,15 @@ def bwcp(scale: Scale) -> list[dict[str, Any]]:
 def c2s2(scale: Scale) -> list[dict[str, Any]]:
     """The budget is wide, so that the goal stops the selection, and floors keep the first layers from paying for all.
 
-    Gates can go to 0 in one of the two rounds that each of some ten layers has.
+    Floors are in proportion to the goal. Gates can go to 0 in one of the two rounds that each of some ten layers has.
     """
     guard = {"tau_total": 20.0, "guard_batches": 10, "sparsity_weight": 0.1, "order": "flops", "residual": False}
 
     def setting(floor: float, end: float) -> dict[str, Any]:
         pace = {"rounds": 2, "select_share": 0.5, "end": end, "gate_lr": 2 * 10 / (0.5 * end * scale.steps)}
-        return {"config": {**pace, **guard, "min_keep": floor}}
+        return {"config": {**pace, **guard, "min_keep": floor * scale.goal}}
 
-    return [setting(0.25, 0.7), setting(0.4, 0.7), setting(0.4, 0.4)]
+    return [setting(0.5, 0.7), setting(0.8, 0.7), setting(0.8, 0.4)]
 
 
 def prunenet(scale: Scale) -> list[dict[str, Any]]:
@@ -340,7 +341,7 @@ def row_cell(task: str, row: str, goal: float, seed: int, trial: dict[str, Any],
 def trial_cells(row: str, quick: bool) -> list[Cell]:
     """The cells among which a row's setting is chosen."""
     size = size_of("fashion", quick)
-    settings = trials(row, Scale(size["steps"], TASKS["fashion"].units))
+    settings = trials(row, Scale(size["steps"], TASKS["fashion"].units, 0.5))
     return [row_cell("fashion", row, 0.5, 0, setting, quick) for setting in settings]
 
 
@@ -353,14 +354,15 @@ def chosen(store: Store, row: str, quick: bool) -> int:
 def row_cells(store: Store, task: str, row: str, goal: float, quick: bool) -> list[Cell]:
     """One cell a seed, with the setting that was chosen."""
     seeds = (0,) if quick else TASKS[task].goals[goal]
-    setting = trials(row, Scale(size_of(task, quick)["steps"], TASKS[task].units))[chosen(store, row, quick)]
+    scale = Scale(size_of(task, quick)["steps"], TASKS[task].units, goal)
+    setting = trials(row, scale)[chosen(store, row, quick)]
     return [row_cell(task, row, goal, seed, setting, quick) for seed in seeds]
 
 
 def guarded_cells(quick: bool) -> list[Cell]:
     """Runs of half as many steps as the rows have."""
     steps = size_of("fashion", quick)["steps"] // 2
-    (setting,) = trials("play_and_prune", Scale(steps, TASKS["fashion"].units))
+    (setting,) = trials("play_and_prune", Scale(steps, TASKS["fashion"].units, 0.5))
     seeds = range(2 if quick else GUARDED_RUNS)
     return [
         {**row_cell("fashion", "play_and_prune", TOLERANCE, seed, setting, quick), "steps": steps} for seed in seeds
