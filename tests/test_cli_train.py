@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict, load_dataset
+from launching import on_cpu, two_processes
 from safetensors.torch import load_file
 from tiny_cli import cli
 from tiny_files import save_image_model, save_pictures, save_reviews, save_text_model
@@ -45,23 +45,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reviews": save_reviews(folder / "reviews.csv"),
         "pictures": save_pictures(folder / "pictures"),
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def two_processes(*words: str) -> list[str]:
-    """The command that runs hf-prune in two processes."""
-    launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-    processes = ["--num_processes", "2", "--main_process_port", str(free_port())]
-    return [sys.executable, "-m", *launch.split(), *processes, "-m", "hf_prune", *words]
-
-
-def on_cpu() -> dict[str, str]:
-    return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -221,7 +204,7 @@ def test_ctrl_c_stops_two_processes_together(files: dict[str, str], tmp_path: Pa
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, *QUICK, "-o", str(tmp_path / "two")]
     # Without a session of its own the test would stop, too.
     launched = {"start_new_session": True, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(two_processes(*words), env=on_cpu(), **launched) as process:
+    with subprocess.Popen(two_processes("-m", "hf_prune", *words), env=on_cpu(), **launched) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "'loss'" in line:
@@ -232,7 +215,7 @@ def test_ctrl_c_stops_two_processes_together(files: dict[str, str], tmp_path: Pa
     assert rest.count("To go on from there:") == 1 and "accelerate launch -m hf_prune train text" in rest, rest
     stopped = {path.name for path in (tmp_path / "two").glob("checkpoint-*")}
     assert len(stopped) == 1
-    again = two_processes(*words, "--resume")
+    again = two_processes("-m", "hf_prune", *words, "--resume")
     done = subprocess.run(again, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "two" / "pruning.json").exists()
@@ -244,7 +227,7 @@ def test_two_processes_train_one_model(files: dict[str, str], tmp_path: Path) ->
     """`accelerate launch -m hf_prune`: the masks of one process with twice the batch, and one result printed."""
     own = "--method movement --final-sparsity 0.5 --max-steps 6 --logging-steps 1 --dataloader-drop-last true".split()
     words = ["train", "text", "-m", files["text"], "-d", files["reviews"], *own, *QUICK, "--json"]
-    command = two_processes(*words, "-o", str(tmp_path / "two"), "--per-device-train-batch-size", "4")
+    command = two_processes("-m", "hf_prune", *words, "-o", str(tmp_path / "two"), "--per-device-train-batch-size", "4")
     done = subprocess.run(command, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)

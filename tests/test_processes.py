@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import on_cpu, two_processes
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
@@ -25,20 +24,9 @@ def _launch(
     folder: Path, *, processes: int = 1, script: Path = SCRIPT, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
     """`train` in processes of its own; rank r writes `rank<r>.safetensors`."""
-    launcher = [sys.executable]
-    if processes > 1:
-        # `accelerate launch --cpu --num_processes 2` starts one process, silently; this form starts two.
-        launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-        launcher += ["-m", *launch.split(), "--num_processes", str(processes), "--main_process_port", str(_free_port())]
-    command = [*launcher, str(script), str(folder), json.dumps({**settings, "world_size": processes})]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    words = [str(script), str(folder), json.dumps({**settings, "world_size": processes})]
+    command = two_processes(*words) if processes == 2 else [sys.executable, *words]
+    return subprocess.run(command, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
 
 
 def _assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

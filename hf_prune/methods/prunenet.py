@@ -32,7 +32,7 @@ from hf_prune.config import PruneConfig, require_choice, require_goal, require_r
 from hf_prune.graph import Graph, unit_indices
 from hf_prune.graph.writers import Silence
 from hf_prune.parts import schedules
-from hf_prune.parts.budgets import PRICES, Allowance, require_reachable
+from hf_prune.parts.budgets import PRICES, Allowance, floors_alone, require_reachable
 from hf_prune.parts.channel_gates import (
     ChannelGate,
     ChannelMask,
@@ -249,9 +249,8 @@ def fit_share(graph: Graph, config: PruneNetConfig, targets: Sequence[ChannelTar
     assert config.goal is not None
     goal, price = config.goal, PRICES[config.goal.name]
     floors = {target.units.name: floor_count(config.min_keep, target.units.units) for target in targets}
-    least = {t.units.name: torch.arange(t.units.units) < floors[t.units.name] for t in targets}
     allowance = Allowance(graph, goal)
-    require_reachable(goal, price(graph, least) / allowance.dense)
+    require_reachable(goal, price(graph, floors_alone([t.units for t in targets], floors)) / allowance.dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: score.double().cpu() for name, score in scores.items()}

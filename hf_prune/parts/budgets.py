@@ -82,7 +82,7 @@ def fit_price(
     blocks = {s.name: width_multiple if s.units >= 4 * width_multiple else 1 for s in structures}
     floors = {s.name: _round_up(floor_count(min_keep, s.units), blocks[s.name], s.units) for s in structures}
     allowance = Allowance(graph, goal)
-    require_reachable(goal, price(graph, _floors_alone(structures, floors)) / allowance.dense)
+    require_reachable(goal, price(graph, floors_alone(structures, floors)) / allowance.dense)
 
     def select(scores: Mapping[str, Tensor], share: float) -> Plan:
         values = {name: _rank(score) for name, score in scores.items()} if scope == "per_group" else scores
@@ -106,7 +106,8 @@ def fit_price(
     return select
 
 
-def _floors_alone(structures: Sequence[Structure], floors: Mapping[str, int]) -> Plan:
+def floors_alone(structures: Sequence[Structure], floors: Mapping[str, int]) -> Plan:
+    """The plan that keeps only as many units of each structure as its floor says."""
     return {s.name: torch.arange(s.units) < floors[s.name] for s in structures}
 
 
