@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import hf_prune
 from hf_prune import ChannelSimilarityConfig, MagnitudeConfig, PruneConfig, PruneError, Pruner
 from hf_prune.graph import trace
-from hf_prune.methods.channel_similarity import absorb, distance, gaussian, rectified
+from hf_prune.methods.channel_similarity import absorb
+from hf_prune.parts.moments import distance, gaussian, rectified
 from hf_prune.testing import tiny_image_model, tiny_text_model
 
 
