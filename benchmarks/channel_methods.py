@@ -159,7 +159,7 @@ def c2s2(scale: Scale) -> list[dict[str, Any]]:
         pace = {"rounds": 2, "select_share": 0.5, "end": end, "gate_lr": 2 * 10 / (0.5 * end * scale.steps)}
         return {"config": {**pace, **guard, "min_keep": floor * scale.goal}}
 
-    return [setting(0.5, 0.7), setting(0.8, 0.7), setting(0.8, 0.4)]
+    return [setting(0.5, 0.7), setting(0.8, 0.7), setting(0.8, 0.4), setting(0.9, 0.7)]
 
 
 def prunenet(scale: Scale) -> list[dict[str, Any]]:
