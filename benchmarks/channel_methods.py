@@ -151,15 +151,16 @@ def bwcp(scale: Scale) -> list[dict[str, Any]]:
 def c2s2(scale: Scale) -> list[dict[str, Any]]:
     """The budget is wide, so that the goal stops the selection, and floors keep the first layers from paying for all.
 
-    Floors are in proportion to the goal. Gates can go to 0 in one of the two rounds that each of some ten layers has.
+    Floors are in proportion to the goal, but for a twentieth of the multiply-adds that no width changes. Gates can go
+    to 0 in one of the two rounds that each of some ten layers has.
     """
     guard = {"tau_total": 20.0, "guard_batches": 10, "sparsity_weight": 0.1, "order": "flops", "residual": False}
 
     def setting(floor: float, end: float) -> dict[str, Any]:
         pace = {"rounds": 2, "select_share": 0.5, "end": end, "gate_lr": 2 * 10 / (0.5 * end * scale.steps)}
-        return {"config": {**pace, **guard, "min_keep": floor * scale.goal}}
+        return {"config": {**pace, **guard, "min_keep": round(floor * (scale.goal - 0.05) / 0.45, 3)}}
 
-    return [setting(0.5, 0.7), setting(0.8, 0.7), setting(0.8, 0.4), setting(0.9, 0.7)]
+    return [setting(0.25, 0.7), setting(0.4, 0.7), setting(0.4, 0.4), setting(0.45, 0.7)]
 
 
 def prunenet(scale: Scale) -> list[dict[str, Any]]:
