@@ -131,13 +131,10 @@ def load_and_answer(kind: str, folder: Path, inputs: Inputs) -> list[Tensor]:
     """What the model of class `kind` saved in `folder` answers; also run in a new process."""
     import transformers
 
-    import hf_prune  # noqa: F401  registers the loader
+    from hf_prune.testing import aligned
 
     torch.set_num_threads(1)
-    model = getattr(transformers, kind).from_pretrained(folder).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # CPU kernels may sum in another order where a mapped file aligns to 8 bytes
-    return answer(model, inputs)
+    return answer(aligned(getattr(transformers, kind).from_pretrained(folder).eval()), inputs)
 
 
 def check_loading(found: Result, model: nn.Module, inputs: Inputs, wanted: list[Tensor], save: Callable) -> None:

@@ -24,16 +24,6 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return call(model, distinct_tensors(model), inputs)
 
 
-def aligned(model: nn.Module) -> nn.Module:
-    """`model`, as just loaded, its weights copied to memory as aligned as that of weights made by torch.
-
-    They are mapped from a file that aligns them to 8 bytes, where some CPU kernels sum in another order.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
-
-
 def difference(left: list[Tensor], right: list[Tensor]) -> float:
     """Largest difference, relative to the largest output where that is not zero."""
     pairs = [((a - b).abs().max(), a.abs().max()) for a, b in zip(left, right, strict=True)]

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from exactness import aligned
 from narrow_models import MODELS, TEXT, logits, narrow_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -42,6 +41,7 @@ from hf_prune.checkpoint.format import CheckpointTable, Packed, parse, to_dict
 from hf_prune.checkpoint.names import packable
 from hf_prune.graph.sizes import sync_attributes
 from hf_prune.graph.table import tensors_of
+from hf_prune.testing import aligned
 from hf_prune.types import CheckpointError, PruneError, Report, ShapeTable
 
 ENCODES = ("auto", "none", *ENCODINGS)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import aligned, check_exact, even_plan, outputs
+from exactness import check_exact, even_plan, outputs
 from zoo import ZOO, build
 
 from hf_prune.checkpoint import mark, save_pretrained
 from hf_prune.graph import shrink, trace
+from hf_prune.testing import aligned
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 

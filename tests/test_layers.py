@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import aligned, difference, even_plan, outputs
+from exactness import difference, even_plan, outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, DPTConfig, DPTForDepthEstimation
@@ -18,7 +18,7 @@ from zoo import TEXT, ZOO, build, sharpen
 import hf_prune
 from hf_prune import MagnitudeConfig, PruneError
 from hf_prune.graph import Graph, shrink, trace
-from hf_prune.testing import tiny_deep_model, tiny_image_model
+from hf_prune.testing import aligned, tiny_deep_model, tiny_image_model
 from hf_prune.types import Plan
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}

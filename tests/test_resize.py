@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from exactness import aligned
 from narrow_models import MODELS, bert, logits, mobilenet, narrow_model, resnet
 from torch import nn
 from transformers import (
@@ -25,6 +24,7 @@ from hf_prune.graph import shrink, trace
 from hf_prune.graph.resize import resize, shape_table
 from hf_prune.graph.sizes import sync_attributes
 from hf_prune.graph.table import tensors_of
+from hf_prune.testing import aligned
 from hf_prune.types import CheckpointError, ShapeTable
 
 

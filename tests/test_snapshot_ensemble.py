@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from exactness import aligned
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_prune import DistillConfig, PruneError, PruneTrainer, SnapshotEnsembleConfig
 from hf_prune.parts.distillation import Distiller
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.testing import aligned, tiny_image_model, tiny_text_model
 
 
 class Fixed(nn.Module):
