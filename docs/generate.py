@@ -150,7 +150,7 @@ def scores() -> str:
         f"Fashion-MNIST, channels inside blocks; dense: {_spread(summary['dense']['image dense'], 2)} %.",
         _table(("method", "multiply-adds kept", "before tuning, %", "test accuracy, %"), channels),
         "Half of the weights removed at once, from a model as it was and with one layer times 100, the next over 100:",
-        _table(("method", "as it was, %", "rescaled, %", "masks that differ"), rescaled),
+        _table(("method", "as it was, %", "rescaled, %", "weights whose mask differs"), rescaled),
         *(f"EZCrop's score takes {each['share']:.3f} of the time of a rank by SVD." for each in summary["cost"]),
         f"`{found['command']}`",
     ]
