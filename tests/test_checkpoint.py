@@ -619,7 +619,10 @@ def test_standalone_refuses_what_no_auto_class_knows(tmp_path):
         save_pretrained(MyBert(narrow_model("bert")[0].config), tmp_path / "saved", standalone=True)
 
 
-@pytest.mark.parametrize("first", ["hf_prune", "transformers", "transformers.quantizers.auto"])
+@pytest.mark.parametrize(
+    "first",
+    ["hf_prune", "transformers", pytest.param("transformers.quantizers.auto", marks=pytest.mark.slow)],
+)
 def test_registered_in_any_order_of_imports_and_only_once(first):
     code = f"""
 import {first}, importlib.util

@@ -130,6 +130,7 @@ def test_killed_inside_a_round_and_resumed_is_bit_identical(
     assert replace(resumed.report, training={}) == replace(whole.report, training={})  # which has the seconds it took
 
 
+@pytest.mark.slow
 def test_rates_of_the_rounds(tmp_path: Path) -> None:
     """A tenth of the peak first, the peak after a tenth of the steps, a thousandth at the end; once in each round."""
     watch = Watch()
