@@ -21,11 +21,11 @@ train = runpy.run_path(str(SCRIPT))["train"]
 
 
 def _launch(
-    folder: Path, *, processes: int = 1, script: Path = SCRIPT, **settings: Any
+    folder: Path, *, two: bool = False, script: Path = SCRIPT, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`train` in processes of its own; rank r writes `rank<r>.safetensors`."""
-    words = [str(script), str(folder), json.dumps({**settings, "world_size": processes})]
-    command = two_processes(*words) if processes == 2 else [sys.executable, *words]
+    """`train` in one process of its own, or in two; rank r writes `rank<r>.safetensors`."""
+    words = [str(script), str(folder), json.dumps({**settings, "world_size": 1 + two})]
+    command = two_processes(*words) if two else [sys.executable, *words]
     return subprocess.run(command, env=on_cpu(), capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -42,7 +42,7 @@ def _assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 @pytest.mark.parametrize("variant", ["hard", *(pytest.param(each, marks=pytest.mark.slow) for each in ("soft", "l0"))])
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, variant: str) -> None:
     pruning = {"variant": variant, "penalty_weight": 1.0, "penalty_gain": 1.0}
-    done = _launch(tmp_path, processes=2, pruning=pruning, training={"max_steps": 8, "per_device_train_batch_size": 4})
+    done = _launch(tmp_path, two=True, pruning=pruning, training={"max_steps": 8, "per_device_train_batch_size": 4})
     assert done.returncode == 0, done.stderr[-5000:]
     two, other_rank = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     for name, value in two.items():
@@ -54,7 +54,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, variant: s
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_agree_after_returning_to_an_older_state(tmp_path: Path) -> None:
-    done = _launch(tmp_path, processes=2, script=SCRIPT.with_name("guard_tiny.py"))
+    done = _launch(tmp_path, two=True, script=SCRIPT.with_name("guard_tiny.py"))
     assert done.returncode == 0, done.stderr[-5000:]
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert len(first["trajectory"]) > 6, "a return is among the measurements"
