@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from hf_prune import MovementConfig, PruneTrainer
 from hf_prune.demo_data import minilm_path
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 
 ROUNDS, STEPS = 6, 5
 VARIANTS = ("hard", "soft", "l0", "magnitude")

@@ -18,7 +18,8 @@ from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import dense_parameter
 from hf_prune.parts.selection import top_k
-from hf_prune.testing import CHECKS, tiny_cases, tiny_text_model
+from hf_prune.testing import CHECKS, tiny_cases
+from hf_prune.tiny_models import tiny_text_model
 from hf_prune.types import Paper
 
 PAPER = Paper(title="Rows Without Their Mean", authors="You", year=2026, bibtex="@misc{you2026rows}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from hf_prune import methods
 from hf_prune.config import PruneConfig
 from hf_prune.pruner import Pruner
+from hf_prune.tiny_models import TINY_MODELS, tiny_batch
 
 STEPS = 10
 
@@ -57,11 +58,11 @@ class Case:
     def model(self, seed: int = 0) -> PreTrainedModel:
         """A new tiny model of the kind that the method prunes."""
         kind = getattr(self.module, "TINY_MODEL", "text")
-        return _TINY_MODELS[getattr(self.module, "TINY_MODELS", {}).get(self.variant, kind)](seed)
+        return TINY_MODELS[getattr(self.module, "TINY_MODELS", {}).get(self.variant, kind)](seed)
 
     def batches(self, model: PreTrainedModel, count: int, size: int = 8) -> list[dict[str, Tensor]]:
         """`count` batches of labelled inputs that `model` takes."""
-        return [_tiny_batch(model, size, seed) for seed in range(count)]
+        return [tiny_batch(model, size, seed) for seed in range(count)]
 
     def pruner(self, model: PreTrainedModel) -> Pruner:
         """A pruner of `model`, not yet attached."""
@@ -74,54 +75,6 @@ def tiny_cases(method: str) -> Iterator[Case]:
     """One case for each entry of the method's `TINY`."""
     for variant, config in methods.load(method).TINY.items():
         yield Case(method, variant, config)
-
-
-def tiny_text_model(seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A BERT classifier of two small layers, in float32 and without dropout."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"intermediate_size": 32, "max_position_embeddings": 16, "num_labels": 3}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**{**sizes, **more, **dropout, **config}))
-
-
-def tiny_image_model(seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A ResNet classifier of two small stages."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(seed)
-    sizes = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-    return ResNetForImageClassification(ResNetConfig(**{**sizes, "layer_type": "basic", **config}))
-
-
-def tiny_deep_model(seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A ViT classifier of four layers, in float32 and without dropout."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(seed)
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return ViTForImageClassification(
-        ViTConfig(**{**sizes, **dropout, "intermediate_size": 24, "num_labels": 3, **config})
-    )
-
-
-_TINY_MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "text": tiny_text_model,
-    "image": tiny_image_model,
-    "deep": tiny_deep_model,
-}
-
-
-def _tiny_batch(model: Any, size: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    labels = torch.randint(0, model.config.num_labels, (size,), generator=generator)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator), "labels": labels}
-    ids = torch.randint(0, model.config.vocab_size, (size, 12), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 class Run:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
 

@@ -23,7 +23,7 @@ from hf_prune.config import Goal
 from hf_prune.parts import schedules
 from hf_prune.parts.selection import top_units
 from hf_prune.parts.structures import Slices
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 from hf_prune.types import Plan
 
 TABLE = {

@@ -14,7 +14,7 @@ from hf_prune.config import Goal
 from hf_prune.graph import trace
 from hf_prune.parts.budgets import fit_price
 from hf_prune.parts.structures import group_structure
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
 

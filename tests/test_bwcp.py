@@ -28,7 +28,7 @@ from hf_prune.methods.bwcp import (
 from hf_prune.parts.budgets import fit_price
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.structures import group_structure
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
 

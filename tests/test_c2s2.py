@@ -17,7 +17,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_prune import C2S2Config, MagnitudeConfig, PruneError, Pruner, prune
 from hf_prune.methods.c2s2 import SteadyAdam
 from hf_prune.parts.channel_gates import fold_channels, passing
-from hf_prune.testing import Run, tiny_cases, tiny_image_model
+from hf_prune.testing import Run, tiny_cases
+from hf_prune.tiny_models import tiny_image_model
 
 
 def _attached(model: nn.Module, config: C2S2Config, inputs: Any = IMAGES, data: Any = ()) -> Pruner:

@@ -21,7 +21,7 @@ from hf_prune.methods import METHODS, load
 from hf_prune.report.card import GENERATED, About, make_card, write_card
 from hf_prune.report.origin import base_model, describe_dataset, scores
 from hf_prune.report.reading import parse_report, read_history, read_report
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 from hf_prune.types import CheckpointError, Report
 
 SPLITS = {"validation": "eval", "test": "test"}

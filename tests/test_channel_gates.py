@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_prune import PruneError
 from hf_prune.graph import shrink, trace
 from hf_prune.parts.channel_gates import ChannelFunction, ChannelGate, ChannelScale, channel_targets
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 
 def _gates(model: nn.Module, inputs: dict[str, Tensor], residual: bool, each: bool) -> list[ChannelGate[ChannelScale]]:

@@ -17,7 +17,7 @@ from hf_prune import ChannelSimilarityConfig, MagnitudeConfig, PruneConfig, Prun
 from hf_prune.graph import trace
 from hf_prune.methods.channel_similarity import absorb
 from hf_prune.parts.moments import distance, gaussian, rectified
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 class Net(nn.Module):

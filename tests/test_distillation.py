@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_prune import DistillConfig, MovementConfig, PruneError, PruneTrainer
 from hf_prune.parts.distillation import Distiller, kl_divergence, load_teacher, logits_divergence
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 EVERYTHING = DistillConfig(hidden_weight=1.0, attention_weight=1.0)
 

@@ -17,7 +17,8 @@ from hf_prune.methods.dmcp import MarkovWidth, width_grid
 from hf_prune.parts.budgets import PRICES
 from hf_prune.parts.channel_gates import passing
 from hf_prune.parts.randomness import generator
-from hf_prune.testing import Run, tiny_cases, tiny_image_model, tiny_text_model
+from hf_prune.testing import Run, tiny_cases
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
 WIDE = {"embedding_size": 20, "hidden_sizes": [20, 40], "depths": [1, 1]}

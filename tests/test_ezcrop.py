@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hf_prune
 from hf_prune import EZCropConfig, MagnitudeConfig, PruneConfig, PruneError, Pruner
 from hf_prune.methods.ezcrop import energy_outside, half_width
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 def _score(image: Tensor, alpha: float = 0.25) -> float:

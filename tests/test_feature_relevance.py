@@ -18,7 +18,7 @@ from hf_prune import FeatureRelevanceConfig, MagnitudeConfig, PruneConfig, Prune
 from hf_prune.methods.feature_relevance import class_weights
 from hf_prune.parts.relevance import alpha_beta, propagating
 from hf_prune.parts.scores import unit_norms
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 def test_rule_by_hand() -> None:

@@ -25,7 +25,8 @@ from hf_prune.parts import schedules, structures
 from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.selection import top_k
-from hf_prune.testing import CHECKS, Case, Run, tiny_cases, tiny_text_model
+from hf_prune.testing import CHECKS, Case, Run, tiny_cases
+from hf_prune.tiny_models import tiny_text_model
 from hf_prune.types import Paper, Phase, Structure
 
 

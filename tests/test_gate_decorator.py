@@ -20,7 +20,7 @@ import hf_prune
 from hf_prune import GateDecoratorConfig, MagnitudeConfig, PruneError, Pruner, PruneTrainer
 from hf_prune.graph import trace
 from hf_prune.methods.gate_decorator import NormGate, Timetable
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 SHORT = {"tock_steps": 2, "tick_steps": 3, "ticks_per_tock": 2}
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from hf_prune import GrowingRegularizationConfig, MagnitudeConfig, PruneError, Pruner, PruneTrainer
 from hf_prune.graph import trace
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0))}
 

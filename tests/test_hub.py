@@ -29,7 +29,7 @@ from hf_prune.checkpoint.encodings import ENCODINGS
 from hf_prune.cli import app
 from hf_prune.methods import magnitude
 from hf_prune.report.card import GENERATED, About, write_card
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 from hf_prune.types import CheckpointError, Report
 
 REPO = "someone/pruned"

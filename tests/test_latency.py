@@ -24,7 +24,7 @@ from hf_prune import (
 )
 from hf_prune.graph import latency, shrink, trace
 from hf_prune.graph.latency import Latency
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
 

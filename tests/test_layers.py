@@ -18,7 +18,8 @@ from zoo import TEXT, ZOO, build, sharpen
 import hf_prune
 from hf_prune import MagnitudeConfig, PruneError
 from hf_prune.graph import Graph, shrink, trace
-from hf_prune.testing import aligned, tiny_deep_model, tiny_image_model
+from hf_prune.testing import aligned
+from hf_prune.tiny_models import tiny_deep_model, tiny_image_model
 from hf_prune.types import Plan
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}

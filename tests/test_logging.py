@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_prune import MagnitudeConfig, MovementConfig, PruneConfig, Pruner, PruneTrainer
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 STEPS = 6
 

@@ -16,7 +16,7 @@ import hf_prune
 from hf_prune import LookaheadConfig, MagnitudeConfig, PruneConfig, PruneError, Pruner
 from hf_prune.graph import trace
 from hf_prune.graph.neighbours import Neighbours
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 EVERYTHING = ("*",)
 

@@ -14,7 +14,8 @@ from hf_prune import MagnitudeConfig, MovementConfig, PruneError
 from hf_prune.graph import trace
 from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.structures import Elements, Slices
-from hf_prune.testing import aligned, tiny_image_model, tiny_text_model
+from hf_prune.testing import aligned
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 17, 17)}
 

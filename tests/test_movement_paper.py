@@ -15,7 +15,7 @@ from hf_prune.parts.gates import ScoreGate
 from hf_prune.parts.schedules import cubic
 from hf_prune.parts.selection import top_k
 from hf_prune.parts.structures import Blocks, Elements, Slices
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 
 STRUCTURES = {
     "element": lambda shape: Elements("weight", shape),

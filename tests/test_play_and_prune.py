@@ -21,7 +21,7 @@ from hf_prune import MagnitudeConfig, PlayAndPruneConfig, PruneError, Pruner, Pr
 from hf_prune.graph import shrink, trace
 from hf_prune.methods.play_and_prune import PlayAndPrune
 from hf_prune.metrics import compute_metrics_for
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 from hf_prune.types import Report
 
 

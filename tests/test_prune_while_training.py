@@ -22,7 +22,7 @@ from hf_prune import Pruner, PruneTrainer, PruneWhileTrainingConfig
 from hf_prune.graph import trace
 from hf_prune.parts.scores import random_ranks
 from hf_prune.parts.structures import Slices
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 from hf_prune.types import Plan
 
 

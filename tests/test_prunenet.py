@@ -19,7 +19,7 @@ from hf_prune.graph import trace
 from hf_prune.methods.prunenet import _holding, concentration, fit_multipliers
 from hf_prune.parts.randomness import generator
 from hf_prune.parts.statistics import Point, first_moments, gather, mean_and_variance
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 def test_variance_is_exact_whatever_the_split() -> None:

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 import hf_prune
 from hf_prune import DistillConfig, MagnitudeConfig, MovementConfig, PruneError, Pruner
 from hf_prune.parts.gates import MaskGate
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 VARIANTS = ("hard", "soft", "l0", "magnitude")
 

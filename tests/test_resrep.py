@@ -20,7 +20,7 @@ import hf_prune
 from hf_prune import MagnitudeConfig, PruneError, Pruner, PruneTrainer, ResRepConfig
 from hf_prune.graph import trace
 from hf_prune.methods.resrep import Compactor
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 SMALL = ResRepConfig(target_params=0.8)
 

@@ -25,7 +25,8 @@ from hf_prune.parts.prunable import prunable_groups
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.scores import unit_norms
 from hf_prune.parts.selection import top_k
-from hf_prune.testing import Case, tiny_cases, tiny_image_model, tiny_text_model
+from hf_prune.testing import Case, tiny_cases
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 from hf_prune.types import Paper
 
 STEPS = 12

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_prune import DistillConfig, PruneError, PruneTrainer, SnapshotEnsembleConfig
 from hf_prune.parts.distillation import Distiller
-from hf_prune.testing import aligned, tiny_image_model, tiny_text_model
+from hf_prune.testing import aligned
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 class Fixed(nn.Module):

@@ -22,7 +22,7 @@ from hf_prune.methods import magnitude
 from hf_prune.parts import schedules, statistics
 from hf_prune.parts.recipe import Recipe
 from hf_prune.parts.statistics import Calibration, Point, RunningMean, gather
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 
 REDUCERS = [statistics.mean, statistics.second_moment, statistics.active, statistics.moments]
 

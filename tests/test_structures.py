@@ -13,7 +13,7 @@ from hf_prune.graph import unit_indices
 from hf_prune.parts import structures
 from hf_prune.parts.prunable import prunable_weights
 from hf_prune.parts.structures import Blocks, Elements, GroupUnits, Slices
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 from hf_prune.types import Group, Member, Structure
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_prune import MovementConfig, PruneError, PruneTrainer
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 
 PRUNING = MovementConfig(final_sparsity=0.5, begin=0.1, end=0.6)
 

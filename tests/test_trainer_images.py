@@ -15,7 +15,8 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from hf_prune import MagnitudeConfig, PruneTrainer
 from hf_prune.checkpoint.names import renamed_on_disk
 from hf_prune.graph import trace
-from hf_prune.testing import aligned, tiny_image_model
+from hf_prune.testing import aligned
+from hf_prune.tiny_models import tiny_image_model
 
 PRUNING = MagnitudeConfig(target_flops=0.5, begin=0.1, end=0.6)
 IMAGES = torch.randn(32, 3, 17, 17, generator=torch.Generator().manual_seed(0))

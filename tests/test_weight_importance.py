@@ -16,7 +16,7 @@ from hf_prune import MagnitudeConfig, PruneConfig, PruneError, Pruner, WeightImp
 from hf_prune.methods.weight_importance import diagnose, unit_scores, weight_scores
 from hf_prune.parts.curvature import curvature, example_gradients, natural
 from hf_prune.parts.structures import group_structure
-from hf_prune.testing import tiny_image_model, tiny_text_model
+from hf_prune.tiny_models import tiny_image_model, tiny_text_model
 
 
 class Regression(nn.Module):

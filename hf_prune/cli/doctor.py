@@ -98,7 +98,8 @@ def _round_trip() -> str:
 
     import hf_prune
     from hf_prune.graph import example_inputs
-    from hf_prune.testing import aligned, tiny_text_model
+    from hf_prune.testing import aligned
+    from hf_prune.tiny_models import tiny_text_model
 
     model = tiny_text_model().eval()
     inputs = example_inputs(model)

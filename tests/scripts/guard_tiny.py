@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_prune import PlayAndPruneConfig, PruneTrainer
 from hf_prune.metrics import compute_metrics_for
-from hf_prune.testing import tiny_image_model
+from hf_prune.tiny_models import tiny_image_model
 
 
 def main(folder: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_prune import DistillConfig, MovementConfig, PruneTrainer
-from hf_prune.testing import tiny_text_model
+from hf_prune.tiny_models import tiny_text_model
 
 ROWS = 64
 
