@@ -78,7 +78,7 @@ def test_every_method_with_a_channel_goal_has_rows_whose_settings_fit_both_tasks
     assert {name for name in METHODS if "target_flops" in load(name).GOALS} <= {*rows, "magnitude"}
     for task in benchmark.TASKS:
         for quick in (False, True):
-            scale = benchmark.Scale(benchmark.size_of(task, quick)["steps"], benchmark.TASKS[task].units, 0.3)
+            scale = benchmark.scale_of(task, 0.3, benchmark.size_of(task, quick)["steps"])
             for row, method in rows.items():
                 for trial in benchmark.trials(row, scale) if method else ():
                     config = benchmark.pruning(benchmark.row_cell(task, row, 0.3, 2, trial, quick))
