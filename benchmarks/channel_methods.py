@@ -152,7 +152,7 @@ def dmcp(scale: Scale) -> list[dict[str, Any]]:
 
 
 def bwcp(scale: Scale) -> list[dict[str, Any]]:
-    """The random masks of a trained net, whose channels are as often off as on, do harm: the less, the sooner they end.
+    """The random masks of a trained net, whose channels are off more than on, do harm: the less, the sooner they end.
 
     Whitening sets in over a fifth of the steps and masks end at seven tenths, or both are cut short.
     """

@@ -65,8 +65,10 @@ class C2S2Config(PruneConfig):
     """Defaults suit runs in which a layer has some 200 steps of selection and an epoch of adaptation.
 
     Selection moves a gate by at most `gate_lr` in a step, so that half the way to 0 takes 0.5 / `gate_lr` steps; short
-    runs need a larger rate. `tau_total` bounds the sum of all rises of the loss at the moment of each cut; adaptation
-    then takes some of them back. Give the guard rows that were neither trained nor tested on.
+    runs need a larger rate. Where a goal, not the guard, ends the selection, channels are ranked by how far their gates
+    fall: a `sparsity_weight` above the task's gradient at most gates makes all of them fall alike, and no
+    `polar_weight` should part them. `tau_total` bounds the sum of all rises of the loss at the moment of each cut;
+    adaptation then takes some of them back. Give the guard rows that were neither trained nor tested on.
     """
 
     method = "c2s2"
