@@ -9,7 +9,7 @@ A row is a method under its setting in `TRIALS`, or its config's defaults, on th
 streams stay whole, but in a second setting of uniform L1. Rows with several settings are tried on Fashion-MNIST at half
 of the multiply-adds with seed 0, and the one with the best validation accuracy is used everywhere; test rows count for
 that one alone. All rows train for the same number of optimizer steps, search included, with AdamW under a cosine; the
-fields "training" of a setting change that. Overhead is processor time of training over that of "tuned", which only
+fields "training" of a setting change that. `longer` is a comparison of few rows under more steps. Overhead is processor time of training over that of "tuned", which only
 trains on.
 """
 
@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -48,8 +49,12 @@ TOLERANCE, GUARDED_RUNS, GUARDED_KEPT = 1.0, 10, 9
 """Points that Play and Prune may lose, runs in which that is looked at, and in how many it must hold."""
 BELOW_UNIFORM, RESREP_LOSS = 0.3, 0.5
 """Points that a method may be below uniform L1, and ResRep below the dense model, at half of the multiply-adds."""
+ABOVE_UNIFORM = ("dmcp", "prunenet", "resrep")
+"""Methods that find widths, which should be no worse than equal ones."""
 FROM_SCRATCH, SCRATCH_GOAL, SCRATCH_LOSS = "bwcp from scratch", 0.57, 0.5
 """BWCP within the dense model's own training: the row, multiply-adds kept, and points that it may lose."""
+LONGER, TIMES, LONGER_ROWS = "longer", 3, ("uniform L1", "resrep")
+"""Rows that train for some times as many steps, too: forgetting takes its time."""
 SPECIAL = {"play_and_prune": "play_and_prune", FROM_SCRATCH: "bwcp"}
 """Rows with a goal or a start of their own, which are in no table -> method."""
 
@@ -376,11 +381,15 @@ def chosen(store: Store, row: str, quick: bool) -> int:
     return int(np.argmax([store[cell].get("validation", -1.0) for cell in cells])) if len(cells) > 1 else 0
 
 
-def row_cells(store: Store, task: str, row: str, goal: float, quick: bool) -> list[Cell]:
-    """One cell a seed, with the setting that was chosen."""
-    seeds = (0,) if quick else TASKS[task].goals[goal]
-    setting = trials(row, scale_of(task, goal, size_of(task, quick)["steps"]))[chosen(store, row, quick)]
-    return [row_cell(task, row, goal, seed, setting, quick) for seed in seeds]
+def row_cells(store: Store, task: str, row: str, goal: float, quick: bool, times: int = 1) -> list[Cell]:
+    """One cell a seed, with the setting that was chosen, for `times` as many steps."""
+    seeds, steps = (0,) if quick else TASKS[task].goals[goal], times * size_of(task, quick)["steps"]
+    setting = trials(row, scale_of(task, goal, steps))[chosen(store, row, quick)]
+    return [{**row_cell(task, row, goal, seed, setting, quick), "steps": steps} for seed in seeds]
+
+
+def longer_cells(store: Store, quick: bool) -> list[Cell]:
+    return [cell for row in LONGER_ROWS for cell in row_cells(store, "fashion", row, 0.5, quick, TIMES)]
 
 
 def guarded_cells(quick: bool) -> list[Cell]:
@@ -412,6 +421,8 @@ def summarise(store: Store, quick: bool) -> dict[str, Any]:
         for goal in TASKS[task].goals
         if dense_cell(task, quick) in store and not (quick and goal != 0.5)
     }
+    if dense_cell("fashion", quick) in store and any(cell in store for cell in longer_cells(store, quick)):
+        tables[f"fashion 0.5, {TIMES} times the steps"] = table(store, "fashion", 0.5, quick, TIMES)
     summary: dict[str, Any] = {"tables": tables, "sizes": {task: size_of(task, quick) for task in TASKS}}
     if dense_cell("fashion", quick) in store:
         dense = store[dense_cell("fashion", quick)]
@@ -423,13 +434,13 @@ def summarise(store: Store, quick: bool) -> dict[str, Any]:
     return summary | {"bars": dict(bars(summary))}
 
 
-def table(store: Store, task: str, goal: float, quick: bool) -> dict[str, dict[str, Any]]:
+def table(store: Store, task: str, goal: float, quick: bool, times: int = 1) -> dict[str, dict[str, Any]]:
     dense = store[dense_cell(task, quick)]
     result: dict[str, dict[str, Any]] = {"dense": {"test": spread([dense["test"]]), "multiply_adds": spread([1.0])}}
-    for row in rows():
+    for row in rows() if times == 1 else LONGER_ROWS:
         if not all(cell in store for cell in trial_cells(row, quick)):
             continue
-        done = [store[cell] for cell in row_cells(store, task, row, goal, quick) if cell in store]
+        done = [store[cell] for cell in row_cells(store, task, row, goal, quick, times) if cell in store]
         result[row] = row_of(done, dense["test"])
         failed = [each["failed"] for each in done if "failed" in each]
         if failed:
@@ -467,9 +478,15 @@ def bars(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             value = found.get(row, {}).get("test")
             if method == row and value:
                 yield f"{row} at least uniform L1 - {BELOW_UNIFORM}", verdict(value["mean"] - uniform + BELOW_UNIFORM)
-        change = found.get("resrep", {}).get("change")
-        if change:
-            yield f"resrep loses at most {RESREP_LOSS}", verdict(change["mean"] + RESREP_LOSS)
+    for name, found in summary["tables"].items():
+        if name.startswith("fashion 0.5"):
+            changes = {row: of["change"]["mean"] for row, of in found.items() if of.get("change")}
+            when = name.removeprefix("fashion 0.5")
+            if "resrep" in changes:
+                yield f"resrep loses at most {RESREP_LOSS}{when}", verdict(changes["resrep"] + RESREP_LOSS)
+            for row in ABOVE_UNIFORM if "uniform L1" in changes else ():
+                if row in changes:
+                    yield f"{row} at least uniform L1{when}", verdict(changes[row] - changes["uniform L1"])
     if FROM_SCRATCH in summary:
         change = summary[FROM_SCRATCH]["change"]
         yield f"{FROM_SCRATCH} loses at most {SCRATCH_LOSS}", verdict(change["mean"] + SCRATCH_LOSS)
@@ -500,7 +517,7 @@ def print_tables(summary: dict[str, Any]) -> None:
             columns = [spread_text(values.get(k), d) for k, d in (("multiply_adds", 3), ("test", 2), ("change", 2))]
             shown.add_row(row, *columns, f"{values['overhead']:.2f}" if "overhead" in values else "-")
         task = name.split()[0]
-        console.print(shown, f"one dense model, steps and rows: {summary['sizes'][task]}")
+        console.print(shown, f"from one dense model: {summary['sizes'][task]}")
     if "play_and_prune" in summary:
         guarded = summary["play_and_prune"]
         console.print(
@@ -529,7 +546,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         return
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(7 * len(tasks), 5), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
-        found = [each for name, each in summary["tables"].items() if name.startswith(task)]
+        found = [
+            summary["tables"][name] for goal in TASKS[task].goals if (name := f"{task} {goal}") in summary["tables"]
+        ]
         panel.axhline(found[0]["dense"]["test"]["mean"], color="grey", linestyle=":", label="dense")
         for place, row in enumerate(name for name in rows() if name != "tuned"):
             points = [each[row] for each in found if each.get(row, {}).get("test")]
@@ -577,13 +596,16 @@ def run_all(
     for task in tasks:
         for goal in (0.5,) if quick else [goal for goal in TASKS[task].goals if str(goal) in goals]:
             run([c for row in ranked for c in row_cells(store, task, row, goal, quick)], train_cell, store, workers)
-    for row, cells in (("play_and_prune", guarded_cells), (FROM_SCRATCH, scratch_cells)):
+    more = {"play_and_prune": guarded_cells, FROM_SCRATCH: scratch_cells, LONGER: partial(longer_cells, store)}
+    for row, cells in more.items():
         if row in only and "fashion" in tasks:
             run(cells(quick), train_cell, store, workers)
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], only=[*rows(), *SPECIAL], goal=["0.5", "0.3"], task=list(TASKS))
+    options = arguments(
+        __doc__.splitlines()[0], only=[*rows(), *SPECIAL, LONGER], goal=["0.5", "0.3"], task=list(TASKS)
+    )
     store = open_store("channel_methods", options.quick)
     if not options.table:
         run_all(store, options.quick, options.workers, options.only, options.task, options.goal)

@@ -94,12 +94,17 @@ def test_bars_say_what_is_met(harness: Any) -> None:
         return {"test": harness.spread([test]), "change": harness.spread([test - 92.5])}
 
     table = {"dense": row(92.5), "uniform L1": row(92.0), "resrep": row(91.9), "gate_decorator": row(91.5)}
-    found = dict(benchmark.bars({"tables": {"fashion 0.5": table}, "play_and_prune": {"runs": 10, "kept": 8}}))
+    longer = {"dense": row(92.5), "uniform L1": row(92.1), "resrep": row(92.2)}
+    tables = {"fashion 0.5": table, "fashion 0.5, longer": longer}
+    found = dict(benchmark.bars({"tables": tables, "play_and_prune": {"runs": 10, "kept": 8}}))
     assert {name: text.split()[0] for name, text in found.items()} == {
         "dense at least 92 %": "met",
         "resrep at least uniform L1 - 0.3": "met",
         "gate_decorator at least uniform L1 - 0.3": "MISSED",
         "resrep loses at most 0.5": "MISSED",
+        "resrep at least uniform L1": "MISSED",
+        "resrep loses at most 0.5, longer": "met",
+        "resrep at least uniform L1, longer": "met",
         "play_and_prune within 1.0 in 9 of 10": "MISSED",
     }
 
