@@ -9,8 +9,8 @@ A row is a method under its setting in `TRIALS`, or its config's defaults, on th
 streams stay whole, but in a second setting of uniform L1. Rows with several settings are tried on Fashion-MNIST at half
 of the multiply-adds with seed 0, and the one with the best validation accuracy is used everywhere; test rows count for
 that one alone. All rows train for the same number of optimizer steps, search included, with AdamW under a cosine; the
-fields "training" of a setting change that. `longer` is a comparison of few rows under more steps. Overhead is processor time of training over that of "tuned", which only
-trains on.
+fields "training" of a setting change that. `longer` compares a few rows under more steps. Overhead is processor time of
+training over that of "tuned", which only trains on.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def c2s2(scale: Scale) -> list[dict[str, Any]]:
     def setting(floor: float, pull: float, fall: float, *, end: float, share: float) -> dict[str, Any]:
         pace = {"rounds": rounds, "select_share": share, "end": end}
         pace["gate_lr"] = fall * rounds * scale.layers / (share * end * scale.steps)
-        guard = {"tau_total": 1000.0, "guard_batches": 10, "order": "flops", "residual": False, "polar_weight": 0.0}
+        guard = {"tau_total": 1e5, "guard_batches": 10, "order": "flops", "residual": False, "polar_weight": 0.0}
         return {"config": {**pace, **guard, "sparsity_weight": pull, "min_keep": round(floor * spare, 3)}}
 
     return [
