@@ -174,20 +174,20 @@ def c2s2(scale: Scale) -> list[dict[str, Any]]:
     """The budget is wide, so that the goal stops the selection, and floors keep some layers from paying for all.
 
     Floors are in proportion to the goal, but for a twentieth of the multiply-adds that no width changes. A gate that
-    nothing opposes falls by `fall` in each of a layer's two rounds; a weak pull leaves a rank among those that fall.
+    nothing opposes falls by 0.8 in each of a layer's two rounds; a weak pull leaves a rank among those that fall.
     """
     rounds, spare = 2, (scale.goal - 0.05) / 0.45
 
-    def setting(floor: float, pull: float, fall: float, *, end: float, share: float) -> dict[str, Any]:
+    def setting(floor: float, pull: float, *, end: float, share: float) -> dict[str, Any]:
         pace = {"rounds": rounds, "select_share": share, "end": end}
-        pace["gate_lr"] = fall * rounds * scale.layers / (share * end * scale.steps)
+        pace["gate_lr"] = 0.8 * rounds * scale.layers / (share * end * scale.steps)
         guard = {"tau_total": 1e5, "guard_batches": 10, "order": "flops", "residual": False, "polar_weight": 0.0}
         return {"config": {**pace, **guard, "sparsity_weight": pull, "min_keep": round(floor * spare, 3)}}
 
     return [
-        setting(0.45, 0.1, 0.8, end=0.7, share=0.5),
-        setting(0.45, 0.03, 0.8, end=0.4, share=0.4),
-        setting(0.3, 0.01, 0.8, end=0.4, share=0.4),
+        setting(0.45, 0.1, end=0.7, share=0.5),
+        setting(0.45, 0.03, end=0.4, share=0.4),
+        setting(0.3, 0.01, end=0.4, share=0.4),
     ]
 
 

@@ -214,8 +214,8 @@ def speed() -> str:
         )
         for cell, each in _cells(found)
     ]
-    head = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain", "peak memory")
-    head += ("with freed blocks kept",)
+    head = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain")
+    head += ("peak memory", "with freed blocks kept")
     about = (
         f"Gain: speed-up over cut, goal {found['goals']['gain over multiply-add cut']}. Peak memory of loading and one "
         f"forward pass, over the parameters' bytes, goal {found['goals']['peak over parameter bytes']}, where freed "
