@@ -181,7 +181,7 @@ def c2s2(scale: Scale) -> list[dict[str, Any]]:
     def setting(floor: float, pull: float, *, end: float, share: float) -> dict[str, Any]:
         pace = {"rounds": rounds, "select_share": share, "end": end}
         pace["gate_lr"] = 0.8 * rounds * scale.layers / (share * end * scale.steps)
-        guard = {"tau_total": 1e5, "guard_batches": 10, "order": "flops", "residual": False, "polar_weight": 0.0}
+        guard = {"tau_total": 1000.0, "guard_batches": 10, "order": "flops", "residual": False, "polar_weight": 0.0}
         return {"config": {**pace, **guard, "sparsity_weight": pull, "min_keep": round(floor * spare, 3)}}
 
     return [
@@ -512,7 +512,8 @@ def print_tables(summary: dict[str, Any]) -> None:
         shown = Table("model", "multiply-adds kept", "test accuracy, %", "change, points", "step time", title=name)
         for row, values in found.items():
             if "failed" in values:
-                shown.add_row(row, "-", values["failed"][:60], "-", "-")
+                shown.add_row(f"{row}, failed", "-", values["failed"][:60], "-", "-")
+            if "failed" in values and not values["test"]:
                 continue
             columns = [spread_text(values.get(k), d) for k, d in (("multiply_adds", 3), ("test", 2), ("change", 2))]
             shown.add_row(row, *columns, f"{values['overhead']:.2f}" if "overhead" in values else "-")

@@ -108,7 +108,7 @@ def channel_methods() -> str:
             continue
         rows = [
             (
-                row,
+                f"{row} (a seed failed)" if "failed" in of else row,
                 _spread(of.get("multiply_adds"), 3),
                 _spread(of.get("test"), 2),
                 _spread(of.get("change"), 2),
