@@ -513,8 +513,8 @@ def print_tables(summary: dict[str, Any]) -> None:
         for row, values in found.items():
             if "failed" in values:
                 shown.add_row(f"{row}, failed", "-", values["failed"][:60], "-", "-")
-            if "failed" in values and not values["test"]:
-                continue
+                if not values["test"]:
+                    continue
             columns = [spread_text(values.get(k), d) for k, d in (("multiply_adds", 3), ("test", 2), ("change", 2))]
             shown.add_row(row, *columns, f"{values['overhead']:.2f}" if "overhead" in values else "-")
         task = name.split()[0]

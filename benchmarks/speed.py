@@ -157,7 +157,7 @@ def main() -> None:
             for multiple in (MULTIPLES[:2] if options.quick else MULTIPLES)
         ]
         run(cells, measure, store, workers=1)  # one at a time: they are timed
-        store.write(goals=GOALS)
+        store.write(goals=GOALS, returned=RETURNED)
     print(table(store))
 
 

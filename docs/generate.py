@@ -214,12 +214,13 @@ def speed() -> str:
         )
         for cell, each in _cells(found)
     ]
-    head = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain")
-    head += ("peak memory", "with freed blocks kept")
+    plans = ("model", "plan", "widths a multiple of", "multiply-adds cut", "speed-up", "gain")
+    head = (*plans, "peak memory", "with freed blocks kept")
+    ((variable, size),) = found["returned"].items()
     about = (
         f"Gain: speed-up over cut, goal {found['goals']['gain over multiply-add cut']}. Peak memory of loading and one "
         f"forward pass, over the parameters' bytes, goal {found['goals']['peak over parameter bytes']}, where freed "
-        "blocks go back to the system (glibc with `MALLOC_MMAP_THRESHOLD_=65536`); by default glibc keeps some. "
+        f"blocks go back to the system (glibc with `{variable}={size}`); by default glibc keeps some of them. "
     )
     return f"{_table(head, rows)}\n\n{about}`{found['command']}`"
 

@@ -66,13 +66,11 @@ class ResRepConfig(PruneConfig):
     """Defaults are those of the authors' ResNet-50 run: 180 epochs of ImageNet, from a trained model.
 
     A row vanishes within `(1 - compactor_momentum) / (compactor_lr * lasso_weight)` steps and comes to rest some
-    `1 / (1 - compactor_momentum)` later. Short runs need quicker choices, less momentum and a higher `compactor_lr`
-    (0.5 with momentum 0.9, say) rather than a stronger pull, which presses the rows that remember as well; or
-    `pull="forgotten"` and, so that rows are ranked by more than noise, a later `begin` (0.15, say). `compactor_lr` over
-    `1 - compactor_momentum` is the rate at which compactors learn, noise of the batches included, which short runs do
-    not make good for: 0.1 is much. Train without
-    gradient clipping (`max_grad_norm=0`), as the authors do: the pull is added after it, and a clipped task loses
-    against it.
+    `1 / (1 - compactor_momentum)` later. Short runs need quicker choices and less momentum, and `pull="forgotten"`, as
+    a stronger pull presses the rows that remember as well; with it, a later `begin` (0.15, say) ranks rows by more than
+    noise. Compactors learn at `compactor_lr / (1 - compactor_momentum)`, noise of the batches included, which short
+    runs do not make good for: 0.1 is much already. Train without gradient clipping (`max_grad_norm=0`), as the authors
+    do: the pull is added after it, and a clipped task loses against it.
     """
 
     method = "resrep"
